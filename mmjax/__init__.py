@@ -1,0 +1,1 @@
+"""mmjax: multimodal sentiment analysis when data is missing, in JAX."""
