@@ -1,0 +1,159 @@
+"""Optimizers from a config: settings and parameter-path regexes -> one optax transformation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from mmjax import types
+
+# eps_root keeps Adam differentiable where a gradient is exactly zero (second-order M³S).
+EPS_ROOT = 1e-16
+
+
+def path_of(key_path) -> str:
+  """The "a/b/c" name of a pytree leaf, as every regex of the library sees it."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def split(params: types.Params, pattern: str) -> tuple[types.Params, types.Params]:
+  """Splits params into (those whose path the regex finds, the rest); None fills the gaps."""
+  found = jax.tree_util.tree_map_with_path(
+    lambda path, _: bool(re.search(pattern, path_of(path))), params
+  )
+  if not any(jax.tree.leaves(found)):
+    raise ValueError(f"no parameter path matches {pattern!r}.")
+  chosen = jax.tree.map(lambda hit, leaf: leaf if hit else None, found, params)
+  rest = jax.tree.map(lambda hit, leaf: None if hit else leaf, found, params)
+  return chosen, rest
+
+
+def merge(chosen: types.Params, rest: types.Params) -> types.Params:
+  """Puts the two halves of `split` together again."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, chosen, rest, is_leaf=lambda leaf: leaf is None
+  )
+
+
+def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.ScalarOrSchedule:
+  """A learning rate: a constant, or {"name", "peak", …} with lengths as shares of training.
+
+  Args:
+    settings: the rate, or a mapping with "name" one of "cosine", "warmup_cosine",
+      "warmup_linear" or "step", "peak" (the rate), and "warmup" (share of the steps,
+      default 0.1), "end" (final share of the peak, default 0), "every" and "factor" (step:
+      multiply by `factor` after each `every`-th share of the training).
+    total_steps: number of optimizer steps of the whole training.
+
+  Returns:
+    A float or an optax schedule.
+  """
+  if not isinstance(settings, Mapping):
+    return float(settings)
+  settings = dict(settings)
+  name, peak = settings.pop("name"), settings.pop("peak")
+  warmup = int(settings.pop("warmup", 0.1) * total_steps)
+  end = peak * settings.pop("end", 0.0)
+  every, factor = settings.pop("every", 0.5), settings.pop("factor", 0.1)
+  if settings:
+    raise ValueError(f"unknown settings of the learning rate: {sorted(settings)}.")
+  if name == "cosine":
+    return optax.cosine_decay_schedule(peak, total_steps, end / peak)
+  if name == "warmup_cosine":
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total_steps, end)
+  if name == "warmup_linear":
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules(
+      [rise, optax.linear_schedule(peak, end, max(total_steps - warmup, 1))], [warmup]
+    )
+  if name == "step":
+    return optax.exponential_decay(
+      peak, max(int(every * total_steps), 1), factor, staircase=True
+    )
+  raise ValueError(f"unknown learning-rate schedule {name!r}.")
+
+
+def _one(name: str, rate: optax.ScalarOrSchedule, weight_decay: float, momentum: float):
+  """One parameter group. `weight_decay` is PyTorch's: added to the gradient, but for adamw."""
+  if name == "adamw":
+    return optax.adamw(rate, weight_decay=weight_decay, eps_root=EPS_ROOT)
+  decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+  if name == "adam":
+    return optax.chain(*decay, optax.adam(rate, eps_root=EPS_ROOT))
+  if name == "sgd":
+    return optax.chain(*decay, optax.sgd(rate, momentum=momentum or None))
+  raise ValueError(f"unknown optimizer {name!r}, expected adam, adamw or sgd.")
+
+
+def make(
+  *,
+  total_steps: int = 1,
+  name: str = "adam",
+  learning_rate: float | Mapping[str, Any] = 1e-3,
+  weight_decay: float = 0.0,
+  momentum: float = 0.0,
+  clip_value: float | None = None,
+  clip_norm: float | None = None,
+  accumulate: int = 1,
+  groups: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> optax.GradientTransformation:
+  """The optimizer that a config describes.
+
+  Args:
+    total_steps: number of optimizer steps of the whole training, for schedules.
+    name: "adam", "adamw" or "sgd".
+    learning_rate: a constant or a schedule, see `schedule`.
+    weight_decay: L2 term added to the gradient (adam, sgd) or decoupled (adamw).
+    momentum: of sgd.
+    clip_value: clips each gradient entry to [-clip_value, clip_value].
+    clip_norm: clips the global norm over all parameters.
+    accumulate: number of steps whose gradients are summed before each update.
+    groups: ((path regex, {settings that differ: learning_rate, weight_decay, …}), …); the
+      first regex found in a parameter's path decides, "" stands for all.
+
+  Returns:
+    The optax transformation.
+  """
+  total_steps = max(total_steps // accumulate, 1)
+  base = {
+    "name": name,
+    "learning_rate": learning_rate,
+    "weight_decay": weight_decay,
+    "momentum": momentum,
+  }
+
+  def group(settings):
+    settings = {**base, **settings}
+    rate = schedule(settings.pop("learning_rate"), total_steps)
+    unknown = set(settings) - set(base)
+    if unknown:
+      raise ValueError(f"unknown settings of an optimizer group: {sorted(unknown)}.")
+    return _one(rate=rate, **settings)
+
+  patterns = [(pattern, group(settings)) for pattern, settings in groups] + [("", group({}))]
+
+  def labels(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: next(
+        str(n) for n, (pattern, _) in enumerate(patterns) if re.search(pattern, path_of(path))
+      ),
+      params,
+    )
+
+  steps = []
+  if clip_value is not None:
+    steps.append(optax.clip(clip_value))
+  if clip_norm is not None:
+    steps.append(optax.clip_by_global_norm(clip_norm))
+  if len(patterns) == 1:
+    steps.append(patterns[0][1])
+  else:
+    steps.append(optax.multi_transform({str(n): t for n, (_, t) in enumerate(patterns)}, labels))
+  optimizer = optax.chain(*steps)
+  if accumulate > 1:  # PyTorch adds the gradients of several backward passes up
+    optimizer = optax.MultiSteps(
+      optimizer, accumulate, use_grad_mean=False
+    ).gradient_transformation()
+  return optimizer
