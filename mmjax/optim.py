@@ -9,8 +9,8 @@ import optax
 
 from mmjax import types
 
-# eps_root keeps Adam differentiable where a gradient is exactly zero (second-order M³S).
-EPS_ROOT = 1e-16
+# Keeps an Adam that is differentiated (second-order M³S) finite where a gradient is exactly 0.
+DIFFERENTIABLE_EPS_ROOT = 1e-16
 
 
 def path_of(key_path) -> str:
@@ -75,13 +75,13 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
   raise ValueError(f"unknown learning-rate schedule {name!r}.")
 
 
-def _one(name: str, rate: optax.ScalarOrSchedule, weight_decay: float, momentum: float):
+def _one(name, rate, weight_decay, momentum, eps_root):
   """One parameter group. `weight_decay` is PyTorch's: added to the gradient, but for adamw."""
   if name == "adamw":
-    return optax.adamw(rate, weight_decay=weight_decay, eps_root=EPS_ROOT)
+    return optax.adamw(rate, weight_decay=weight_decay, eps_root=eps_root)
   decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
   if name == "adam":
-    return optax.chain(*decay, optax.adam(rate, eps_root=EPS_ROOT))
+    return optax.chain(*decay, optax.adam(rate, eps_root=eps_root))
   if name == "sgd":
     return optax.chain(*decay, optax.sgd(rate, momentum=momentum or None))
   raise ValueError(f"unknown optimizer {name!r}, expected adam, adamw or sgd.")
@@ -97,6 +97,7 @@ def make(
   clip_value: float | None = None,
   clip_norm: float | None = None,
   accumulate: int = 1,
+  differentiable: bool = False,
   groups: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> optax.GradientTransformation:
   """The optimizer that a config describes.
@@ -110,6 +111,8 @@ def make(
     clip_value: clips each gradient entry to [-clip_value, clip_value].
     clip_norm: clips the global norm over all parameters.
     accumulate: number of steps whose gradients are summed before each update.
+    differentiable: for an inner optimizer of second-order M³S: keeps the derivative of
+      Adam's square root finite at zero gradients.
     groups: ((path regex, {settings that differ: learning_rate, weight_decay, …}), …); the
       first regex found in a parameter's path decides, "" stands for all.
 
@@ -130,7 +133,8 @@ def make(
     unknown = set(settings) - set(base)
     if unknown:
       raise ValueError(f"unknown settings of an optimizer group: {sorted(unknown)}.")
-    return _one(rate=rate, **settings)
+    eps_root = DIFFERENTIABLE_EPS_ROOT if differentiable else 0.0
+    return _one(rate=rate, eps_root=eps_root, **settings)
 
   patterns = [(pattern, group(settings)) for pattern, settings in groups] + [("", group({}))]
 

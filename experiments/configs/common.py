@@ -1,0 +1,40 @@
+"""What all configs share: the data, the training loop, the missing data and M³S."""
+
+import ml_collections
+
+# Datasets whose labels are classes; every other one is regression.
+CLASSIFICATION = ("iemocap",)
+
+
+def get_config(dataset: str) -> ml_collections.ConfigDict:
+  """The settings that every model's config starts from.
+
+  Args:
+    dataset: name under which the data were converted, such as "mosi".
+
+  Returns:
+    The config; any entry is a flag, `--config.train.epochs=3`.
+  """
+  classes = dataset in CLASSIFICATION
+  config = ml_collections.ConfigDict()
+  config.data = dict(
+    name=dataset,
+    text="features",  # "features": precomputed; "tokens": raw ids through a BERT
+    task="classification" if classes else "regression",
+    standardize=False,  # audio and vision by the training split's mean and std
+  )
+  config.train = dict(
+    batch_size=128,
+    epochs=100,
+    patience=20,  # epochs without a better validation; 0 never stops early
+    select="f1" if classes else "mae",  # the validation metric that picks the epoch
+  )
+  config.optimizer = dict(name="adam", learning_rate=1e-4)
+  config.mask = dict(kind="span", axis="time")  # kind: span (M³S) or bernoulli (LNLN)
+  config.m3s = dict(
+    inner_steps=1,  # K; not given in the paper
+    order="first",  # as in Algorithm 1; "second" is the exact meta-gradient
+    fresh_masks=False,  # one support mask for all inner steps
+    optimizer=dict(name="sgd", learning_rate=1e-4),
+  )
+  return config

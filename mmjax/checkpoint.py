@@ -1,0 +1,53 @@
+"""Checkpoints of whole runs (orbax): one pytree in, the same pytree out.
+
+A checkpoint appears under its final name only when it is complete, so a process that is
+killed while writing leaves the one before.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def manager(directory: str | pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
+  """An orbax manager of `directory` that keeps the newest `keep` checkpoints."""
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, create=True, enable_async_checkpointing=False
+  )
+  return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
+  """Writes a pytree of arrays as checkpoint number `step`; done when it returns."""
+  checkpoints.save(step, args=ocp.args.StandardSave(tree), force=True)
+  checkpoints.wait_until_finished()
+
+
+def restore(checkpoints: ocp.CheckpointManager, template: Any, step: int | None = None) -> Any:
+  """Reads a checkpoint into the structure of `template`.
+
+  Args:
+    checkpoints: from `manager`.
+    template: a pytree of the same structure, shapes and types.
+    step: which checkpoint, the newest by default.
+
+  Returns:
+    The pytree, or None if there is no checkpoint yet.
+
+  Raises:
+    ValueError: if the checkpoint does not fit the template.
+  """
+  step = checkpoints.latest_step() if step is None else step
+  if step is None:
+    return None
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype), template)
+  try:
+    return checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"checkpoint {step} in {checkpoints.directory} does not fit this model and optimizer:"
+      f" {error}"
+    ) from error

@@ -1,0 +1,164 @@
+"""Robust evaluation: predictions under missing data, as grids of conditions x seeds.
+
+The clean values are erased before a model runs, so no prediction can depend on what is
+missing. Masks are a function of (condition, mask seed, sample) alone: neither the batch
+size, nor the order, nor the other conditions of a grid change a result, and every model
+sees the same missing data.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import data, masking, metrics, types
+
+# Letters of missing sets, as in the tables of the field: l(anguage), a(udio), v(ision).
+LETTERS = {"l": 0, "a": 1, "v": 2}
+
+
+class Condition(NamedTuple):
+  """One missing-data condition.
+
+  Attributes:
+    kind: "rate" or "missing".
+    name: "0.3", "0.4-0.6", or the letters of the missing modalities, "la".
+    rates: [3, 2] lowest and highest missing rate of text, audio, vision.
+  """
+
+  kind: str
+  name: str
+  rates: np.ndarray
+
+
+def rate_condition(low: float, high: float | None = None) -> Condition:
+  """The same missing rate, or interval of rates, for all modalities."""
+  high = low if high is None else high
+  if not 0 <= low <= high <= 1:
+    raise ValueError(f"missing rates {low}, {high} are not within [0, 1] in rising order.")
+  name = f"{low:g}" if low == high else f"{low:g}-{high:g}"
+  return Condition("rate", name, np.tile(np.float32([low, high]), (3, 1)))
+
+
+def missing_condition(letters: str) -> Condition:
+  """Whole modalities missing (their rate is 1), the others complete: "l", "a", "v", "la" …"""
+  if not letters or set(letters) - set(LETTERS):
+    raise ValueError(f"missing set {letters!r} is not made of the letters l, a, v.")
+  rates = np.zeros((3, 2), np.float32)
+  rates[[LETTERS[letter] for letter in letters]] = 1.0
+  return Condition("missing", letters, rates)
+
+
+def make_grid(
+  system: types.System,
+  split: types.Batch,
+  mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
+  batch_size: int = 128,
+) -> Callable[..., types.Array]:
+  """Compiles the predictions of one split under any number of conditions and mask seeds.
+
+  Args:
+    system: the model.
+    split: the split, N rows.
+    mask_of: makes the mask of rates [3, 2], such as `masking.span` or `masking.bernoulli`.
+    batch_size: rows predicted at once; it does not change the result.
+
+  Returns:
+    `(params, extra, rates [C, 3, 2], seeds [S]) -> predictions [C, S, N, ...]`, one
+    compiled program for all conditions and seeds.
+  """
+  rows = split.index.shape[0]
+  batch_size = min(batch_size, rows)
+  padded = data.pad_rows(split, batch_size)
+  batches = jax.tree.map(
+    lambda a: jnp.asarray(a).reshape(-1, batch_size, *a.shape[1:]), padded
+  )
+
+  @jax.jit
+  def predict(params, extra, batches, rates, seeds):
+    def one(cell):
+      rate, seed = cell
+      key = jax.random.key(seed)
+      # the condition's content, not its place in the grid, picks the masks
+      for milli in jnp.round(rate.ravel() * 1000).astype(jnp.uint32):
+        key = jax.random.fold_in(key, milli)
+      mask = mask_of(rate)
+
+      def predict_batch(batch):
+        return system.predict(params, masking.erase(mask(key, batch)), extra)["prediction"]
+
+      return jax.lax.map(predict_batch, batches)
+
+    cells = (jnp.repeat(rates, seeds.shape[0], axis=0), jnp.tile(seeds, rates.shape[0]))
+    found = jax.lax.map(one, cells)  # [C * S, batches, batch, ...]
+    found = found.reshape(rates.shape[0], seeds.shape[0], -1, *found.shape[3:])
+    return found[:, :, :rows]
+
+  def grid(params, extra, rates, seeds):
+    return predict(params, extra, batches, jnp.asarray(rates), jnp.asarray(seeds, jnp.uint32))
+
+  return grid
+
+
+def make_validator(
+  system: types.System,
+  split: types.Batch,
+  scale: str,
+  condition: Condition,
+  *,
+  mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
+  seed: int = 0,
+  batch_size: int = 128,
+) -> Callable[[types.Params, types.Extra], dict[str, float]]:
+  """`(params, extra) -> metrics` of one split under one fixed set of masks."""
+  grid = make_grid(system, split, mask_of, batch_size)
+
+  def validate(params, extra):
+    prediction = np.asarray(grid(params, extra, condition.rates[None], [seed]))[0, 0]
+    return metrics.compute(scale, prediction, split.label)
+
+  return validate
+
+
+def robustness(
+  system: types.System,
+  params: types.Params,
+  extra: types.Extra,
+  split: types.Batch,
+  scale: str,
+  conditions: Sequence[Condition],
+  seeds: Iterable[int],
+  *,
+  mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
+  batch_size: int = 128,
+) -> list[dict[str, Any]]:
+  """Metrics under every condition and mask seed.
+
+  Args:
+    system, params, extra: the trained model.
+    split: the split to test on.
+    scale: name of the metrics' flavour, see `metrics.compute`.
+    conditions: the missing-data conditions.
+    seeds: the mask seeds.
+    mask_of: makes the mask of rates [3, 2].
+    batch_size: rows predicted at once.
+
+  Returns:
+    One row per (condition, seed): {"kind", "condition", "mask_seed", metric: value, …}.
+  """
+  seeds = list(seeds)
+  grid = make_grid(system, split, mask_of, batch_size)
+  rates = np.stack([condition.rates for condition in conditions])
+  predictions = np.asarray(grid(params, extra, rates, seeds))
+  return [
+    {
+      "kind": condition.kind,
+      "condition": condition.name,
+      "mask_seed": seed,
+      **metrics.compute(scale, predictions[c, s], split.label),
+    }
+    for c, condition in enumerate(conditions)
+    for s, seed in enumerate(seeds)
+  ]

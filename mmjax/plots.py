@@ -1,0 +1,68 @@
+"""Results -> figures. matplotlib is imported when a figure is drawn, not before."""
+
+import pathlib
+from collections.abc import Sequence
+
+import pandas as pd
+
+# Reads well in print and for colour-blind readers (Okabe-Ito).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+
+TITLES = {
+  "mae": "MAE (lower is better)",
+  "corr": "Corr",
+  "acc2_non0": "Acc-2 (negative/positive)",
+  "acc2_has0": "Acc-2 (negative/non-negative)",
+  "acc7": "Acc-7",
+  "acc": "Accuracy",
+  "uar": "UAR",
+  "f1": "F1",
+}
+
+
+def _figure(columns: int):
+  from matplotlib import figure  # the object interface: no display, no global state
+
+  drawn = figure.Figure(figsize=(4.6 * columns, 3.6), layout="constrained")
+  return drawn, drawn.subplots(1, columns, squeeze=False)[0]
+
+
+def curves(
+  table: pd.DataFrame,
+  metrics: Sequence[str],
+  path: str | pathlib.Path,
+  *,
+  x: str,
+  x_label: str,
+  lines: str | None = None,
+) -> pathlib.Path:
+  """Draws one panel per metric: a line with a ± std band for each value of `lines`.
+
+  Args:
+    table: a summary (`tables.summarize`) with the columns `x`, `lines` and the metrics.
+    metrics: names of the metrics, one panel each.
+    path: where to write the figure; its suffix picks the format.
+    x: the column on the horizontal axis.
+    x_label: its title.
+    lines: the column whose values tell the lines apart (None: a single line).
+
+  Returns:
+    The path.
+  """
+  drawn, panels = _figure(len(metrics))
+  groups = [(None, table)] if lines is None else list(table.groupby(lines, sort=False))
+  for panel, metric in zip(panels, metrics, strict=True):
+    for number, (label, part) in enumerate(groups):
+      at, mean, std = part[x].astype(float), part[metric], part[f"{metric}_std"]
+      color = COLORS[number % len(COLORS)]
+      panel.plot(at, mean, marker="o", markersize=3.5, color=color, label=label)
+      panel.fill_between(at, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    panel.set_xlabel(x_label)
+    panel.set_ylabel(TITLES.get(metric, metric))
+    panel.grid(alpha=0.25)
+  if lines is not None:
+    panels[0].legend(frameon=False)
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  drawn.savefig(path, dpi=150)
+  return path

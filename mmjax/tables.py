@@ -1,0 +1,69 @@
+"""Long results (one row per condition and seed) -> mean ± std tables as text, CSV, Markdown."""
+
+import pathlib
+from collections.abc import Sequence
+
+import pandas as pd
+
+SEEDS = ("seed", "mask_seed")  # the columns that a table averages over
+
+
+def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
+  """Mean and standard deviation of every metric over the seeds.
+
+  Args:
+    rows: long results; every column that is neither in `by` nor a seed is a metric.
+    by: the columns that tell the table's rows apart, such as ("method", "condition").
+
+  Returns:
+    One row per combination, in order of appearance; columns `by`, `n` (runs averaged) and
+    for each metric `m` the mean `m` and the sample standard deviation `m_std` (0 if n = 1).
+  """
+  frame = pd.DataFrame(rows)
+  names = [c for c in frame.columns if c not in (*by, *SEEDS) and frame[c].dtype.kind in "fiu"]
+  groups = frame.groupby(list(by), sort=False)[names]
+  mean, std = groups.mean(), groups.std(ddof=1).fillna(0.0)
+  table = mean.join(std, rsuffix="_std")
+  columns = [column for name in names for column in (name, f"{name}_std")]
+  table = table[columns]
+  table.insert(0, "n", groups.size())
+  return table.reset_index()
+
+
+def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+  """A summary with "mean ± std" cells ("mean" where there is one run only)."""
+  text = pd.DataFrame(index=table.index)
+  for name in table.columns:
+    if name.endswith("_std") and name.removesuffix("_std") in table.columns:
+      continue
+    if f"{name}_std" not in table.columns:
+      text[name] = table[name].astype(str)
+      continue
+    text[name] = [
+      f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
+      for mean, std, n in zip(table[name], table[f"{name}_std"], table["n"], strict=True)
+    ]
+  return text
+
+
+def to_text(table: pd.DataFrame) -> str:
+  """A summary for the terminal."""
+  return readable(table).to_markdown(index=False, tablefmt="simple", disable_numparse=True)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+  """A summary as a Markdown table."""
+  return readable(table).to_markdown(index=False, disable_numparse=True)
+
+
+def write(
+  directory: str | pathlib.Path, name: str, rows: Sequence[dict], by: Sequence[str]
+) -> pd.DataFrame:
+  """Writes `name.csv` (summary), `name.md` and `name_runs.csv` (every run); returns the summary."""
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  table = summarize(rows, by)
+  table.to_csv(directory / f"{name}.csv", index=False)
+  pd.DataFrame(rows).to_csv(directory / f"{name}_runs.csv", index=False)
+  (directory / f"{name}.md").write_text(to_markdown(table) + "\n", encoding="utf-8")
+  return table

@@ -1,0 +1,316 @@
+"""The one trainer: steps, epochs as one compiled program, and the fit loop around them.
+
+A training run is a pytree (`Progress`) and pure functions of it: saving that pytree and
+loading it again continues the run bit for bit, in the middle of an epoch too.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmjax import optim, types
+
+# One constant per purpose, folded into the run's key.
+INIT, DATA, LOSS = range(3)
+
+
+class NonFiniteLoss(FloatingPointError):
+  """A loss or gradient became NaN or infinite; `step` is the optimizer step."""
+
+  def __init__(self, phase: str, step: int):
+    super().__init__(f"the loss or its gradient is not finite in phase {phase!r}, step {step}.")
+    self.step = step
+
+
+class Recipe(NamedTuple):
+  """How a system is trained.
+
+  Attributes:
+    system: the model.
+    method: turns each phase's loss into the one that is trained (`mmjax.meta`).
+    optimizers: of each phase, by its name.
+    batch_size: B, samples of one draw.
+    draws: independent draws of B samples in one step: 2 for M³S (support and query set).
+    epochs: number of epochs; each passes every draw's permutation of the data once.
+    select: the validation metric that picks the best epoch.
+    larger_is_better: direction of `select`.
+    patience: stop after so many epochs without a better one (None: never).
+  """
+
+  system: types.System
+  method: types.Method
+  optimizers: Mapping[str, optax.GradientTransformation]
+  batch_size: int
+  draws: int = 1
+  epochs: int = 1
+  select: str = "mae"
+  larger_is_better: bool = False
+  patience: int | None = None
+
+
+class Progress(NamedTuple):
+  """Where a run stands.
+
+  Attributes:
+    state: parameters, optimizer states, extra.
+    best: {"params", "extra"} of the best validated epoch (the initial ones before).
+    best_score: [] its score, larger is better; -inf before the first.
+    best_epoch: [] int32, -1 before the first.
+    epoch, phase, done: [] int32, the epoch in progress, its phase and that phase's steps done.
+    sums: metrics summed over the epoch's steps so far, by phase.
+  """
+
+  state: types.TrainState
+  best: dict[str, Any]
+  best_score: jax.Array
+  best_epoch: jax.Array
+  epoch: jax.Array
+  phase: jax.Array
+  done: jax.Array
+  sums: dict[str, dict[str, jax.Array]]
+
+
+class EpochReport(NamedTuple):
+  """One finished epoch.
+
+  Attributes:
+    epoch: its number, from 0.
+    train: mean of each training metric, as "phase/metric" (no prefix with a single phase).
+    valid: the validation metrics.
+    is_best: whether it is the best one so far.
+    progress: where the run stands after it.
+  """
+
+  epoch: int
+  train: dict[str, float]
+  valid: dict[str, float]
+  is_best: bool
+  progress: Progress
+
+
+def create(
+  recipe: Recipe, spec: types.Spec, key: types.PRNGKey
+) -> types.TrainState:
+  """Initial parameters, optimizer states and extra of a run."""
+  params, extra = recipe.system.init(jax.random.fold_in(key, INIT), spec)
+  opt = {
+    phase.name: recipe.optimizers[phase.name].init(optim.split(params, phase.trains)[0])
+    for phase in recipe.system.phases
+  }
+  return types.TrainState(jnp.int32(0), params, opt, extra)
+
+
+def make_step(
+  phase: types.Phase, optimizer: optax.GradientTransformation, method: types.Method
+) -> Callable[..., tuple[types.TrainState, dict[str, jax.Array]]]:
+  """One optimizer step of a phase: `(state, batch, key) -> (state, metrics)`.
+
+  The step's randomness is `fold_in(key, state.step)`. Only the parameters that
+  `phase.trains` finds are differentiated, in the inner loop of a meta-gradient too.
+  """
+
+  def step(state, batch, key):
+    trained, constant = optim.split(state.params, phase.trains)
+
+    def loss(trained, batch, key, extra):
+      return phase.loss(optim.merge(trained, constant), batch, key, extra)
+
+    gradient = jax.value_and_grad(method(loss), has_aux=True)
+    key = jax.random.fold_in(key, state.step)
+    (value, aux), grads = gradient(trained, batch, key, state.extra)
+    updates, opt = optimizer.update(grads, state.opt[phase.name], trained)
+    params = optim.merge(optax.apply_updates(trained, updates), constant)
+    metrics = {**aux.metrics, "loss": value, "gradient_norm": optax.global_norm(grads)}
+    extra = jax.tree.map(jax.lax.stop_gradient, aux.extra)
+    state = types.TrainState(state.step + 1, params, {**state.opt, phase.name: opt}, extra)
+    return state, metrics
+
+  return step
+
+
+def make_steps(step: Callable, batch_size: int, draws: int) -> Callable:
+  """Runs the steps [start, stop) of an epoch over data on the device, as one program.
+
+  Returns:
+    A jitted `(state, sums, data, key, epoch, start, stop) -> (state, sums, last)`: `data` is
+    a whole split as one batch of N rows; `sums` accumulates the metrics; the bounds are
+    traced, so that an epoch can be cut anywhere without compiling again or changing a bit.
+    `last` is `stop`, or the step after the one whose loss or gradient was not finite.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def steps(state, sums, data, key, epoch, start, stop):
+    order_key = jax.random.fold_in(jax.random.fold_in(key, DATA), epoch)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, data.index.shape[0]))(
+      jax.random.split(order_key, draws)
+    )
+
+    def unfinished(carry):
+      _, _, at, finite = carry
+      return (at < stop) & finite
+
+    def advance(carry):
+      state, sums, at, _ = carry
+      rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
+      batch = jax.tree.map(lambda a: a[rows.reshape(-1)], data)
+      state, metrics = step(state, batch, jax.random.fold_in(key, LOSS))
+      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+      return state, jax.tree.map(jnp.add, sums, metrics), at + 1, finite
+
+    state, sums, last, finite = jax.lax.while_loop(
+      unfinished, advance, (state, sums, start, jnp.bool_(True))
+    )
+    return state, sums, last, finite
+
+  return steps
+
+
+def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGKey) -> Progress:
+  """The progress of a run that has not begun; also the template to restore one into."""
+  state = create(recipe, spec, key)
+  batch_size = min(recipe.batch_size, train.index.shape[0])
+  rows = np.arange(batch_size * recipe.draws) % train.index.shape[0]
+  batch = jax.tree.map(lambda a: jnp.asarray(a[rows]), train)
+  sums = {}
+  for phase in recipe.system.phases:
+    step = make_step(phase, recipe.optimizers[phase.name], recipe.method)
+    _, metrics = jax.eval_shape(step, state, batch, key)
+    sums[phase.name] = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
+  # copies: the state's own buffers are donated to the first step
+  best = jax.tree.map(jnp.copy, {"params": state.params, "extra": state.extra})
+  zero = np.int32(0)
+  return Progress(state, best, np.float32(-np.inf), np.int32(-1), zero, zero, zero, sums)
+
+
+def fit(
+  recipe: Recipe,
+  train: types.Batch,
+  validate: Callable[[types.Params, types.Extra], dict[str, float]],
+  progress: Progress,
+  key: types.PRNGKey,
+  *,
+  seconds: float = 10.0,
+  pause: Callable[[Progress], None] = lambda progress: None,
+) -> Iterator[EpochReport]:
+  """Trains epoch by epoch from `progress` on and yields a report after each.
+
+  Each epoch runs its active phases in order, validates, and keeps the parameters that are
+  best on validation. Training is a function of (recipe, data, key) alone: where it was
+  interrupted does not change a bit of the result.
+
+  Args:
+    recipe: how to train.
+    train: the training split, N rows.
+    validate: `(params, extra) -> metrics` on the validation split, with `recipe.select`.
+    progress: from `start` or a checkpoint. Its buffers are consumed.
+    key: the run's key.
+    seconds: long epochs are cut into stretches of about this time.
+    pause: called between stretches with the current progress, to save it or to stop by
+      raising an exception.
+
+  Yields:
+    An `EpochReport` per epoch.
+
+  Raises:
+    NonFiniteLoss: at the first step whose loss or gradient is not finite.
+    KeyError: if `validate` does not return `recipe.select`.
+  """
+  phases = recipe.system.phases
+  rows = train.index.shape[0]
+  batch_size = min(recipe.batch_size, rows)
+  runs = [
+    make_steps(
+      make_step(phase, recipe.optimizers[phase.name], recipe.method), batch_size, recipe.draws
+    )
+    for phase in phases
+  ]
+  train = jax.tree.map(jnp.asarray, train)
+  sign = 1.0 if recipe.larger_is_better else -1.0
+  stretch = 1  # steps until the next pause; grows to about `seconds`
+
+  while int(progress.epoch) < recipe.epochs:
+    epoch = int(progress.epoch)
+    if recipe.patience is not None and epoch - 1 - int(progress.best_epoch) >= recipe.patience:
+      return
+    for number in range(int(progress.phase), len(phases)):
+      phase, done = phases[number], int(progress.done)
+      total = _phase_steps(phase, epoch, rows, batch_size)
+      if done == 0 and total:
+        progress = progress._replace(state=_enter(phase, progress.state, epoch))
+      while done < total:
+        began = time.monotonic()
+        state, sums, last, finite = runs[number](
+          progress.state,
+          progress.sums[phase.name],
+          train,
+          key,
+          np.int32(epoch),
+          np.int32(done),
+          np.int32(min(done + stretch, total)),
+        )
+        if not finite:
+          raise NonFiniteLoss(phase.name, int(state.step) - 1)
+        done = int(last)
+        progress = progress._replace(
+          state=state, done=np.int32(done), sums={**progress.sums, phase.name: sums}
+        )
+        stretch = _next_stretch(stretch, time.monotonic() - began, seconds)
+        if done < total:
+          pause(progress)
+      progress = progress._replace(phase=np.int32(number + 1), done=np.int32(0))
+    valid = validate(progress.state.params, progress.state.extra)
+    means = _means(phases, progress.sums, epoch, rows, batch_size)
+    score = sign * valid[recipe.select]
+    is_best = score > float(progress.best_score)
+    if is_best:  # copies: the next step consumes the state's buffers
+      best = {"params": progress.state.params, "extra": progress.state.extra}
+      progress = progress._replace(
+        best=jax.tree.map(jnp.copy, best),
+        best_score=np.float32(score),
+        best_epoch=np.int32(epoch),
+      )
+    progress = progress._replace(
+      epoch=np.int32(epoch + 1),
+      phase=np.int32(0),
+      sums=jax.tree.map(jnp.zeros_like, progress.sums),
+    )
+    yield EpochReport(epoch, means, valid, is_best, progress)
+
+
+def _phase_steps(phase: types.Phase, epoch: int, rows: int, batch_size: int) -> int:
+  """Steps of a phase in an epoch: its share of the full batches, at least one; 0 if inactive."""
+  first, end = phase.epochs
+  if epoch < first or (end is not None and epoch >= end):
+    return 0
+  return max(int(rows // batch_size * phase.share), 1)
+
+
+def _next_stretch(stretch: int, took: float, seconds: float) -> int:
+  if took < seconds / 2:
+    return stretch * 4
+  return max(stretch // 2, 1) if took > seconds * 2 else stretch
+
+
+def _means(phases, sums, epoch, rows, batch_size) -> dict[str, float]:
+  means = {}
+  for phase in phases:
+    prefix = f"{phase.name}/" if len(phases) > 1 else ""
+    if total := _phase_steps(phase, epoch, rows, batch_size):
+      means |= {prefix + k: float(v) / total for k, v in sums[phase.name].items()}
+  return means
+
+
+def _enter(phase: types.Phase, state: types.TrainState, epoch: int) -> types.TrainState:
+  """What happens to the state before a phase's steps of an epoch."""
+  params, extra = state.params, state.extra
+  if phase.enter is not None and epoch == phase.epochs[0]:
+    params, extra = phase.enter(params, extra)
+  if "epoch" in extra:  # a system that counts epochs declares this entry in `init`
+    extra = {**extra, "epoch": jnp.full_like(extra["epoch"], epoch)}
+  return state._replace(params=params, extra=extra)
