@@ -126,7 +126,7 @@ def make_step(
     (value, aux), grads = gradient(trained, batch, key, state.extra)
     updates, opt = optimizer.update(grads, state.opt[phase.name], trained)
     params = optim.merge(optax.apply_updates(trained, updates), constant)
-    metrics = {**aux.metrics, "loss": value, "gradient_norm": optax.global_norm(grads)}
+    metrics = {**aux.metrics, "loss": value, "gradient_norm": optax.tree.norm(grads)}
     extra = jax.tree.map(jax.lax.stop_gradient, aux.extra)
     state = types.TrainState(state.step + 1, params, {**state.opt, phase.name: opt}, extra)
     return state, metrics

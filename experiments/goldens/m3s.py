@@ -1,0 +1,188 @@
+"""Compares the M³S meta step with a recorded one: inner loop, meta-gradients, updates.
+
+The recorded model encodes audio and vision by an LSTM's last state and text by a linear
+map; `feat` masks the encoded vectors, `time` the inputs. Its weights keep PyTorch's layout.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmjax import layers, masking, meta, types
+
+ADAM_RATE = 1e-3  # of the recorded outer Adam steps
+
+
+def compare(z: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+  """Yields (group, name, ours, recorded) for every precision, mode and case in the file."""
+  cases = sorted(
+    {tuple(k.split("/")[:3]) for k in z if re.match(r"f(32|64)/\w+/(K\d|theta0)", k)}
+  )
+  for precision, mode, case in cases:
+    dtype = np.dtype(f"float{precision[1:]}")
+    with jax.enable_x64(precision == "f64"):
+      check = _theta0 if case == "theta0" else _meta_step
+      for name, ours in check(z, mode, case, dtype):
+        yield f"{precision}/{mode}/{case}", name, ours, z[f"{precision}/{mode}/{case}/{name}"]
+
+
+def _params(z, dtype):
+  return {
+    entry["name"]: jnp.asarray(z[f"param0/{entry['name']}"], dtype) for entry in _spec(z)
+  }
+
+
+def _spec(z):
+  return json.loads(str(z["param_spec"]))
+
+
+def _flat(z, params) -> np.ndarray:
+  return np.concatenate([np.asarray(params[entry["name"]]).ravel() for entry in _spec(z)])
+
+
+def _batch(z, mode, steps, dtype) -> types.Batch:
+  """X1 and X2 as one batch of 2B rows; the recorded masks lie in `info`, [2B, 1 + steps, T]."""
+
+  def both(key):
+    return np.concatenate([z[key.format("X1")], z[key.format("X2")]])
+
+  def modality(name):
+    x = jnp.asarray(both(f"input/{{}}/{name}"), dtype)
+    x = x if x.ndim == 3 else x[..., None]  # the text vector: its entries are the steps
+    valid = jnp.ones(x.shape[:2], bool)
+    return types.Modality(x, valid, valid[..., None], jnp.zeros(x.shape[0], dtype))
+
+  def masks(name):
+    fixed = both(f"mask/{mode}/{{}}/{name}")
+    fresh = [
+      np.concatenate([z[f"mask/{mode}/X1_step{i}/{name}"], z[f"mask/{mode}/X2/{name}"]])
+      for i in range(steps)
+    ]
+    return jnp.asarray(np.stack([fixed, *fresh], 1), dtype)
+
+  label = jnp.asarray(both("input/{}/label"), dtype)
+  rows = jnp.arange(len(label))
+  info = {name: masks(name) for name in types.MODALITIES}
+  return types.Batch(
+    *(modality(name) for name in types.MODALITIES), label, rows, jnp.ones_like(label), info
+  )
+
+
+def _given_mask(mode, which_of) -> types.MaskFn:
+  """A mask function that returns the recorded masks; `which_of(key)` picks a set of them."""
+
+  def mask(key, batch):
+    given = {name: m[:, which_of(key)] for name, m in batch.info.items()}
+    if mode == "time":
+      seen = {
+        name: getattr(batch, name)._replace(seen=given[name][..., None] > 0) for name in given
+      }
+      batch = batch._replace(**seen)
+    return batch._replace(info=given)
+
+  return mask
+
+
+def _encode(params, batch):
+  """[B, H] encoded modality vectors in the recorded order audio, vision, text."""
+
+  def last_state(name):
+    m = getattr(batch, name)
+    weights = {
+      ours: params[f"{name}.{theirs}_l0"].T
+      for ours, theirs in (
+        ("w_ih", "weight_ih"), ("w_hh", "weight_hh"), ("b_ih", "bias_ih"), ("b_hh", "bias_hh"),
+      )
+    }  # fmt: skip
+    lstm = layers.LSTM(weights["w_hh"].shape[0])
+    return lstm.apply({"params": weights}, masking.observed(m), m.valid)[1]
+
+  text = masking.observed(batch.text)[..., 0] @ params["text.weight"].T + params["text.bias"]
+  return [last_state("audio"), last_state("vision"), text]
+
+
+def _forward(params, batch, mode):
+  encoded = _encode(params, batch)
+  kept = encoded
+  if mode == "feat":
+    masks = [batch.info[name] for name in ("audio", "vision", "text")]
+    kept = [h * m for h, m in zip(encoded, masks, strict=True)]
+  joint = jnp.concatenate(kept, -1)
+  hidden = jnp.tanh(joint @ params["fc1.weight"].T + params["fc1.bias"])
+  prediction = (hidden @ params["fc2.weight"].T + params["fc2.bias"])[:, 0]
+  return prediction, jnp.concatenate(encoded, -1), joint
+
+
+def _loss_of(mode) -> types.LossFn:
+  def loss(params, batch, key, extra):
+    error = _forward(params, batch, mode)[0] - batch.label
+    value = jnp.mean(error**2) + 0.1 * jnp.mean(jnp.abs(error))
+    return value, types.Aux({}, extra)
+
+  return loss
+
+
+def _theta0(z, mode, case, dtype):
+  params = _params(z, dtype)
+  mask = _given_mask(mode, lambda key: 0)
+  halves = meta.split_support_query(_batch(z, mode, 0, dtype))
+  for name, half in zip(("X1", "X2"), halves, strict=True):
+    masked = mask(None, half)
+    prediction, before, after = _forward(params, masked, mode)
+    (value, _), grads = jax.value_and_grad(_loss_of(mode), has_aux=True)(params, masked, None, {})
+    yield f"{name}/pred", prediction
+    yield f"{name}/encoded_concat_before_mask", before
+    yield f"{name}/encoded_concat_after_mask", after
+    yield f"{name}/loss", value
+    yield f"{name}/grad", _flat(z, grads)
+
+
+def _meta_step(z, mode, case, dtype):
+  config = json.loads(str(z["config"]))
+  steps = int(re.match(r"K(\d+)", case).group(1))
+  fresh = case.endswith("freshmask")
+  momentum = re.search(r"momentum([\d.]+)", case)
+  inner = optax.sgd(config["alpha"], momentum=float(momentum.group(1)) if momentum else None)
+  params = _params(z, dtype)
+  batch = _batch(z, mode, steps if fresh else 0, dtype)
+  key = jax.random.key(0)
+  keys = meta.meta_keys(key, steps, fresh)
+  loss = _loss_of(mode)
+
+  def which_of(mask_key):  # the recorded mask of inner step i stands at 1 + i
+    if not fresh:
+      return 0
+    data = jax.random.key_data
+    return 1 + jnp.argmax(jnp.all(data(keys.support_mask) == data(mask_key), -1))
+
+  mask = _given_mask(mode, which_of)
+  support, _ = meta.split_support_query(batch)
+  adapted, inner_losses = meta.adapt(
+    loss, mask, params, support, keys, {}, optimizer=inner, fresh_masks=fresh
+  )
+  yield "theta_K", _flat(z, adapted)
+  yield "inner_losses", inner_losses
+  for order, short in (("first", "fo"), ("second", "so")):
+    meta_loss = meta.m3s(
+      loss, mask, inner_steps=steps, inner_optimizer=inner, order=order, fresh_masks=fresh
+    )
+    gradient = jax.jit(jax.value_and_grad(meta_loss, has_aux=True))
+    (value, _), grads = gradient(params, batch, key, {})
+    if order == "first":
+      yield "outer_loss", value
+    yield f"{short}_grad", _flat(z, grads)
+    sgd = jax.tree.map(lambda p, g: p - config["beta"] * g, params, grads)
+    yield f"after_sgd_{short}", _flat(z, sgd)
+    adam = optax.adam(ADAM_RATE)
+    state, theta = adam.init(params), params
+    recorded = f"f{dtype.itemsize * 8}/{mode}/{case}/after3_adam_{short}"
+    for count in range(3 if recorded in z else 1):
+      updates, state = adam.update(gradient(theta, batch, key, {})[1], state)
+      theta = optax.apply_updates(theta, updates)
+      if count in (0, 2):
+        yield f"after{'3' if count else ''}_adam_{short}", _flat(z, theta)

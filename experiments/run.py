@@ -1,0 +1,216 @@
+"""From a config to everything that a training run needs; shared by all binaries."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import tqdm
+
+from experiments import workdir
+from mmjax import data, evaluate, masking, meta, metrics, models, optim, train, types
+
+METHODS = ("orig", "spl", "m3s")
+MASK = 3  # the run key's constant of ORIG's fixed masks; 0-2 are the trainer's
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop; its state is saved."""
+
+
+class Run(NamedTuple):
+  """A training run that has been set up but not begun.
+
+  Attributes:
+    config: what it was made of.
+    dataset: the data.
+    recipe: how to train.
+    validate: `(params, extra) -> metrics` on the validation split.
+    key: the run's key.
+  """
+
+  config: ml_collections.ConfigDict
+  dataset: data.Dataset
+  recipe: train.Recipe
+  validate: Callable
+  key: types.PRNGKey
+
+
+def load_data(config: ml_collections.ConfigDict, data_dir: str) -> data.Dataset:
+  """The dataset that `config.data` describes."""
+  settings = config.data.to_dict()
+  return data.load(data_dir, settings.pop("name"), **settings)
+
+
+def make_system(config: ml_collections.ConfigDict) -> types.System:
+  """The model that `config.model` names."""
+  settings = config.model.to_dict()
+  name = settings.pop("name")
+  if name not in models.MODELS:
+    raise ValueError(f"unknown model {name!r}, expected one of {sorted(models.MODELS)}.")
+  return models.MODELS[name](**settings)
+
+
+def make_mask_of(config: ml_collections.ConfigDict) -> Callable[[object], types.MaskFn]:
+  """`rates -> MaskFn` of the kind that `config.mask` names."""
+  kind = config.mask.kind
+  if kind == "span":
+    return functools.partial(masking.span, axis=config.mask.axis)
+  if kind == "bernoulli":
+    return masking.bernoulli
+  raise ValueError(f"unknown mask kind {kind!r}, expected span or bernoulli.")
+
+
+def make_method(
+  config: ml_collections.ConfigDict,
+  method: str,
+  missing_rate: tuple[float, float],
+  key: types.PRNGKey,
+) -> types.Method:
+  """The training method by its name: "orig", "spl" or "m3s"."""
+  mask = make_mask_of(config)(missing_rate)
+  if method == "orig":
+    return functools.partial(meta.fixed_missing, mask=mask, key=jax.random.fold_in(key, MASK))
+  if method == "spl":
+    return functools.partial(meta.sampled_missing, mask=mask)
+  if method == "m3s":
+    settings = config.m3s.to_dict()
+    inner = optim.make(**settings.pop("optimizer"), differentiable=settings["order"] == "second")
+    return functools.partial(meta.m3s, mask=mask, inner_optimizer=inner, **settings)
+  raise ValueError(f"unknown method {method!r}, expected one of {METHODS}.")
+
+
+def make_run(
+  config: ml_collections.ConfigDict,
+  dataset: data.Dataset,
+  *,
+  method: str,
+  missing_rate: tuple[float, float],
+  seed: int,
+) -> Run:
+  """Sets a training run up.
+
+  Args:
+    config: see `experiments/configs/common.py`.
+    dataset: the data.
+    method: "orig", "spl" or "m3s".
+    missing_rate: lowest and highest missing rate, in training and validation.
+    seed: of everything random in the run.
+
+  Returns:
+    The run.
+  """
+  key = jax.random.key(seed)
+  system = make_system(config)
+  settings = config.train
+  rows = dataset.train.index.shape[0]
+  total = settings.epochs * max(rows // min(settings.batch_size, rows), 1)
+  overrides = config.get("phase_optimizer", {})
+  recipe = train.Recipe(
+    system=system,
+    method=make_method(config, method, missing_rate, key),
+    optimizers={
+      phase.name: optim.make(
+        total_steps=total, **{**config.optimizer, **overrides.get(phase.name, {})}
+      )
+      for phase in system.phases
+    },
+    batch_size=settings.batch_size,
+    draws=2 if method == "m3s" else 1,
+    epochs=settings.epochs,
+    select=settings.select,
+    larger_is_better=settings.select not in metrics.LOWER_IS_BETTER,
+    patience=settings.patience or None,
+  )
+  validate = evaluate.make_validator(
+    system,
+    dataset.valid,
+    dataset.name,
+    evaluate.rate_condition(*missing_rate),
+    mask_of=make_mask_of(config),
+    seed=seed,
+  )
+  return Run(config, dataset, recipe, validate, key)
+
+
+def execute(
+  run: Run,
+  folder: workdir.Workdir,
+  *,
+  checkpoint_every: float = 60.0,
+  should_stop=lambda: False,
+  show_progress: bool = True,
+) -> train.Progress:
+  """Trains a run to its end in its folder, from wherever the folder stands.
+
+  Args:
+    run: the run.
+    folder: its folder.
+    checkpoint_every: seconds between two checkpoints, at least.
+    should_stop: asked between stretches of steps; True saves and raises `Interrupted`.
+    show_progress: whether to draw a progress bar.
+
+  Returns:
+    The final progress; `.best` holds the parameters selected on validation.
+  """
+  recipe, dataset = run.recipe, run.dataset
+  progress = train.start(recipe, dataset.train, dataset.spec, run.key)
+  progress = folder.restore(progress) or progress
+  saved = time.monotonic()
+
+  def pause(progress):
+    nonlocal saved
+    if should_stop() or time.monotonic() - saved > checkpoint_every:
+      folder.save(progress)
+      saved = time.monotonic()
+    if should_stop():
+      raise Interrupted
+
+  bar = tqdm.tqdm(
+    total=recipe.epochs,
+    initial=int(progress.epoch),
+    unit="epoch",
+    disable=not show_progress,
+    dynamic_ncols=True,
+  )
+  with bar:
+    reports = train.fit(recipe, dataset.train, run.validate, progress, run.key, pause=pause)
+    for report in reports:
+      progress = report.progress
+      folder.log(report)
+      loss = next(v for k, v in report.train.items() if k.endswith("loss"))
+      bar.set_postfix(
+        {"loss": f"{loss:.4f}", recipe.select: f"{report.valid[recipe.select]:.4f}",
+         "best": int(progress.best_epoch)}
+      )  # fmt: skip
+      bar.update()
+      pause(progress)
+  folder.save(progress)
+  return progress
+
+
+def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
+  """A finished run and its selected {"params", "extra"}.
+
+  Args:
+    path: its folder.
+    data_dir: folder of the datasets; where the training found it by default.
+
+  Returns:
+    The run, and the parameters and extra of the epoch that is best on validation.
+  """
+  asked = workdir.read_config(path)
+  config = ml_collections.ConfigDict(asked["config"])
+  dataset = load_data(config, data_dir or asked["data_dir"])
+  run = make_run(
+    config, dataset, method=asked["method"],
+    missing_rate=tuple(asked["missing_rate"]), seed=asked["seed"],
+  )  # fmt: skip
+  folder = workdir.Workdir(path, asked)
+  template = train.start(run.recipe, dataset.train, dataset.spec, run.key)
+  progress = folder.read(template)
+  if progress is None:
+    raise workdir.WorkdirError(f"{path} holds no checkpoint yet.")
+  return run, progress.best

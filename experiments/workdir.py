@@ -1,0 +1,145 @@
+"""The folder of one training run: what it was asked for, its log, its checkpoints.
+
+  config.json     what was run; the same folder refuses another config
+  metrics.jsonl   one line per epoch
+  tensorboard/    the same numbers as TensorBoard events
+  checkpoints/    the newest states (orbax), numbered by optimizer step
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+
+import tensorboardX
+
+from mmjax import checkpoint, train
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class WorkdirError(ValueError):
+  """The folder cannot serve this run."""
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+  flat = {}
+  for key, value in tree.items():
+    nested = isinstance(value, dict)
+    flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+  return flat
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+  draft = path.with_suffix(path.suffix + ".part")
+  draft.write_text(text, encoding="utf-8")
+  os.replace(draft, path)
+
+
+def read_config(workdir: str | os.PathLike) -> dict:
+  """What the run in `workdir` was asked for.
+
+  Raises:
+    WorkdirError: if there is no run.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["run"]
+  except FileNotFoundError:
+    raise WorkdirError(
+      f"{path} does not exist: {workdir} holds no training run. Train one with"
+      " `python -m experiments.train --workdir=…`."
+    ) from None
+
+
+class Workdir:
+  """Opens or creates the folder of a run.
+
+  Args:
+    path: the folder.
+    asked: what the run is asked for, JSON values only. It must be the same on every call.
+
+  Raises:
+    WorkdirError: if the folder belongs to a run that was asked for something else.
+  """
+
+  def __init__(self, path: str | os.PathLike, asked: dict):
+    self.path = pathlib.Path(path)
+    self.path.mkdir(parents=True, exist_ok=True)
+    asked = json.loads(json.dumps(asked))  # as it will be read back
+    if (self.path / "config.json").exists():
+      _refuse_other(self.path, read_config(self.path), asked)
+    else:
+      versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+      text = json.dumps({"run": asked, "versions": versions}, indent=2)
+      _write_atomically(self.path / "config.json", text + "\n")
+    self.checkpoints = checkpoint.manager(self.path / "checkpoints")
+    self._log = self.path / "metrics.jsonl"
+    self._events = None
+
+  def read(self, template: train.Progress) -> train.Progress | None:
+    """The newest saved progress, or None."""
+    return checkpoint.restore(self.checkpoints, template)
+
+  def restore(self, template: train.Progress) -> train.Progress | None:
+    """`read`, to train on: also drops the log's lines of epochs after it."""
+    progress = self.read(template)
+    finished = 0 if progress is None else int(progress.epoch)
+    kept = [line for line in self.history() if line["epoch"] < finished]
+    _write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
+    self._events = tensorboardX.SummaryWriter(
+      str(self.path / "tensorboard"), purge_step=finished, flush_secs=10
+    )
+    return progress
+
+  def history(self) -> list[dict]:
+    """The log's lines; a line that a kill cut short is left out."""
+    lines = []
+    if self._log.exists():
+      for text in self._log.read_text(encoding="utf-8").splitlines():
+        try:
+          lines.append(json.loads(text))
+        except json.JSONDecodeError:
+          break
+    return lines
+
+  def save(self, progress: train.Progress) -> None:
+    """Saves the progress, unless that step is saved already."""
+    step = int(progress.state.step)
+    if step not in self.checkpoints.all_steps():
+      checkpoint.save(self.checkpoints, step, progress)
+
+  def log(self, report: train.EpochReport) -> None:
+    """Appends an epoch to the log and to the TensorBoard events."""
+    line = {
+      "epoch": report.epoch,
+      "step": int(report.progress.state.step),
+      "train": report.train,
+      "valid": report.valid,
+      "is_best": report.is_best,
+    }
+    with self._log.open("a", encoding="utf-8") as log:
+      log.write(json.dumps(line) + "\n")
+    for part in ("train", "valid"):
+      for name, value in line[part].items():
+        self._events.add_scalar(f"{part}/{name}", value, report.epoch)
+
+  def close(self) -> None:
+    """Flushes the events and ends pending writes."""
+    if self._events is not None:
+      self._events.close()
+    self.checkpoints.close()
+
+
+def _refuse_other(path: pathlib.Path, old: dict, new: dict) -> None:
+  old, new = _flatten(old), _flatten(new)
+  changed = [
+    f"  {name}: {old.get(name)!r} there, {new.get(name)!r} asked for"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]
+  if changed:
+    raise WorkdirError(
+      f"{path} holds a run of another config; choose another --workdir or delete it:\n"
+      + "\n".join(changed)
+    )

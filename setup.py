@@ -1,0 +1,51 @@
+"""Installation of mmjax, its experiment binaries and its data preparation."""
+
+import pathlib
+
+import setuptools
+
+LICENSE = "Apache-2.0"
+# Lower bounds are versions that were tried.
+REQUIRES = [
+  "absl-py>=2.1",
+  "chex>=0.1.90",
+  "flax>=0.12",
+  "importlib_resources>=6.4",  # tensorflow-datasets imports it without requiring it
+  "jax>=0.10.2",
+  "jaxlib>=0.10.2",
+  "matplotlib>=3.9",
+  "ml_collections>=1.0",
+  "numpy>=2.0",
+  "optax>=0.2.6",
+  "orbax-checkpoint>=0.11.30",
+  "pandas>=2.2",
+  "safetensors>=0.5",
+  "scikit-learn>=1.5",
+  "scipy>=1.14",
+  "tabulate>=0.9",
+  "tensorboardX>=2.6.2",
+  # TensorFlow serves the TFRecord files alone; the CPU build is enough on every machine.
+  'tensorflow-cpu>=2.20; platform_system != "Darwin"',
+  'tensorflow>=2.20; platform_system == "Darwin"',
+  "tensorflow-datasets>=4.9.9",
+  "array_record>=0.8; platform_system == 'Linux'",
+  "tqdm>=4.66",
+]
+
+setuptools.setup(
+  name="mmjax",
+  version="0.1.0",
+  description="Multimodal sentiment analysis with missing data, and M3S meta-sampling, in JAX",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license=LICENSE,
+  packages=setuptools.find_packages(include=["mmjax*", "experiments*", "data_prep*"]),
+  python_requires=">=3.11",
+  install_requires=REQUIRES,
+  extras_require={
+    "test": ["pytest>=8", "ruff>=0.8"],
+    "parity": ["torch>=2.6"],
+    "gpu": ["jax[cuda12]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+  },
+)

@@ -1,0 +1,67 @@
+"""A toy batch and a toy system, so that tests of the trainer need no real model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import masking, types
+
+SHAPES = {"text": (4, 3), "audio": (6, 2), "vision": (5, 2)}
+SPEC = types.Spec(*(types.ModalitySpec(*SHAPES[m]) for m in types.MODALITIES), num_train=32)
+
+
+def make_batch(rows: int, seed: int = 0, dtype=np.float32) -> types.Batch:
+  """Labels are a linear function of each modality's mean over the valid steps."""
+  random = np.random.default_rng(seed)
+  modalities, label = [], np.zeros(rows)
+  for name in types.MODALITIES:
+    length, dim = SHAPES[name]
+    valid = np.arange(length) < random.integers(2, length + 1, (rows, 1))
+    x = random.normal(size=(rows, length, dim)) * valid[..., None]
+    label = label + x.sum((1, 2)) / valid.sum(1)
+    modalities.append(
+      types.Modality(x.astype(dtype), valid, np.ones((rows, length, 1), bool), np.zeros(rows, dtype))
+    )
+  label = label.astype(dtype)
+  weight = np.ones(rows, dtype)
+  return types.Batch(*modalities, label, np.arange(rows, dtype=np.int32), weight, {})
+
+
+def features(batch: types.Batch):
+  """[B, 7] mean of the observed values of each modality."""
+  return jnp.concatenate(
+    [
+      masking.observed(m).sum(1) / m.valid.sum(1, keepdims=True)
+      for m in (batch.text, batch.audio, batch.vision)
+    ],
+    -1,
+  )
+
+
+def predict(params, batch, extra):
+  del extra
+  hidden = jnp.tanh(features(batch) @ params["encoder"]["kernel"])
+  return {"prediction": hidden @ params["head"]["kernel"] + params["head"]["bias"]}
+
+
+def loss(params, batch, key, extra):
+  error = predict(params, batch, extra)["prediction"] - batch.label
+  value = jnp.mean(error**2)
+  noise = 0.0 if key is None else 0.01 * jax.random.normal(key)
+  extra = {**extra, "calls": extra["calls"] + 1} if "calls" in extra else extra
+  return value + noise * params["head"]["bias"], types.Aux({"mse": value}, extra)
+
+
+def init(key, spec):
+  del spec
+  k1, k2 = jax.random.split(key)
+  params = {
+    "encoder": {"kernel": jax.random.normal(k1, (7, 8)) * 0.5},
+    "head": {"kernel": jax.random.normal(k2, (8,)) * 0.5, "bias": jnp.zeros(())},
+  }
+  return params, {"calls": jnp.int32(0)}
+
+
+def make_system(**kwargs) -> types.System:
+  phases = kwargs.pop("phases", (types.Phase("main", loss),))
+  return types.System(init, predict, phases, **kwargs)
