@@ -1,0 +1,441 @@
+"""Missing-data transforms: parity with recorded masks, distributions, and their promises."""
+
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.goldens import masks as golden
+from mmjax import masking, types
+
+DATA = pathlib.Path(__file__).parent / "data"
+MOSTLY = 1e-4  # p-value below which a distribution counts as wrong
+FEATURES = {"audio": 3, "vision": 4}
+MASKS = {
+  "span": masking.span((0.2, 0.8)),
+  "bernoulli": masking.bernoulli((0.0, 1.0), complete_share=0.5),
+  "drop": masking.drop("text", "vision"),
+  "random_drop": masking.random_drop(),
+  "compose": masking.compose(masking.span(0.3), masking.bernoulli(0.2)),
+}
+
+
+def make_batch(rows=6, length=12, tokens=True, seed=0, index=None) -> types.Batch:
+  """A batch with valid lengths from 3 on; token ids count from 1000."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(3, length + 1, (3, rows))
+  lengths[:, 0] = length
+
+  def modality(i, x, seen_shape, fill):
+    valid = np.arange(length) < lengths[i][:, None]
+    x = np.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+    return types.Modality(x, valid, np.ones(seen_shape, bool), np.full(rows, fill, x.dtype))
+
+  ids = 1000 + rng.integers(0, 500, (rows, length)).astype(np.int32)
+  dense = rng.normal(size=(rows, length, 5)).astype(np.float32)
+  text = (
+    modality(0, ids, (rows, length), 100)
+    if tokens
+    else modality(0, dense, (rows, length, 1), 0)
+  )
+  audio, vision = (
+    modality(i, rng.normal(size=(rows, length, dim)).astype(np.float32), (rows, length, 1), 0)
+    for i, dim in enumerate(FEATURES.values(), 1)
+  )
+  batch = types.Batch(
+    text, audio, vision,
+    label=np.zeros(rows, np.float32),
+    index=np.arange(rows, dtype=np.int32) if index is None else index,
+    weight=np.ones(rows, np.float32),
+    info={},
+  )  # fmt: skip
+  return jax.tree.map(jnp.asarray, batch)
+
+
+def many(rows=4000, length=20, tokens=False) -> types.Batch:
+  """Full-length samples, for distributions."""
+  batch = make_batch(rows, length, tokens)
+  return batch._replace(
+    **{n: getattr(batch, n)._replace(valid=jnp.ones((rows, length), bool)) for n in
+       types.MODALITIES}
+  )  # fmt: skip
+
+
+def missing_rate(seen):
+  return 1 - np.asarray(seen).reshape(seen.shape[0], -1).mean(1)
+
+
+def seen_of(batch):
+  return {name: np.asarray(getattr(batch, name).seen) for name in types.MODALITIES}
+
+
+# --- parity
+
+
+@pytest.fixture(scope="module")
+def recorded():
+  return dict(np.load(DATA / "masks.npz"))
+
+
+def test_parity_of_every_recorded_mask(recorded):
+  tags = {key.split("/")[0] for key in recorded if key.endswith("/uniform")}
+  groups = set()
+  for group, name, ours, theirs in golden.compare(recorded):
+    groups.add(group)
+    np.testing.assert_array_equal(ours, theirs, err_msg=f"{group} {name}")
+  per_step = {f"{tag}/{name}" for tag in tags for name in types.MODALITIES}
+  assert len(tags) == 10 and groups == per_step | {"m3s span", "m3s every span"}
+
+
+def test_comparison_of_masks_notices_a_wrong_value(recorded):
+  for key in ("m3s/k", "m3s_apply/y", "lnln_train/text/output", "mmsa_r0.3/audio/missing_mask"):
+    wrong = {**recorded, key: recorded[key] + 1}
+    assert any(not np.array_equal(ours, theirs) for *_, ours, theirs in golden.compare(wrong))
+
+
+def test_mask_fns_equal_the_recorded_rule_under_their_own_draws(recorded):
+  """At rates 0 and 1 the draws do not matter: the whole chain gives the recorded output."""
+  ids, valid = recorded["seq_input/text_ids"], recorded["seq_input/text_attention_mask"] > 0
+  rows, length = ids.shape
+  batch = make_batch(rows, length)
+  text = types.Modality(
+    jnp.int32(ids), valid, jnp.ones((rows, length), bool), jnp.full(rows, golden.UNK)
+  )
+  batch = batch._replace(text=text)
+  for rate in json.loads(str(recorded["config"]))["scalar_rates"]:
+    if rate in (0.0, 1.0):
+      for mask in (masking.bernoulli(rate), masking.span(rate)):
+        out = masking.observed(mask(jax.random.key(0), batch).text)
+        np.testing.assert_array_equal(out, recorded[f"mmsa_r{rate}/text/output"])
+
+
+# --- the span's length
+
+
+def test_span_length_in_float32_is_exact_for_tenths_and_at_most_one_short_for_hundredths():
+  length = np.arange(1, 513)
+  short = {}
+  for hundredth in range(101):
+    k = masking.span_bounds(0.0, np.float32(hundredth / 100), length)[1]
+    exact = length * hundredth // 100
+    for t, difference in zip(length, exact - k, strict=True):
+      if difference:
+        short[int(t), hundredth] = int(difference)
+  assert set(short.values()) == {1} and len(short) == 26
+  assert not any(hundredth % 10 == 0 for _, hundredth in short)
+  assert (100, 53) in short and (100, 29) not in short
+
+
+@pytest.mark.parametrize(("x64", "k"), [(False, 29), (True, 28)])
+def test_span_length_at_the_edge_follows_the_precision(x64, k):
+  with jax.enable_x64(x64):
+    batch = many(1, 100)
+    seen = masking.span(0.29)(jax.random.key(0), batch).audio.seen
+    assert (~seen).sum() == k  # 100 * 0.29 is 28.999… in float64, 29 in float32
+
+
+def test_span_start_stays_inside_when_u_rounds_to_one():
+  start, k = masking.span_bounds(np.float32(1.0), np.float32(0.5), 10)
+  assert (start, k) == (5, 5)
+
+
+# --- distributions
+
+
+def test_span_is_one_run_of_floor_length_inside_the_valid_steps():
+  batch = make_batch(64, 12, tokens=False)
+  for name, seen in seen_of(masking.span(0.4)(jax.random.key(1), batch)).items():
+    valid = np.asarray(getattr(batch, name).valid)
+    for row, ok in zip(seen[..., 0], valid, strict=True):
+      gone = np.flatnonzero(~row)
+      assert len(gone) == ok.sum() * 4 // 10
+      assert not (~row & ~ok).any()
+      assert len(gone) < 2 or (np.diff(gone) == 1).all()
+
+
+def test_span_start_is_uniform_and_modalities_are_independent():
+  from scipy import stats
+
+  batch = many()
+  seen = seen_of(masking.span(0.3)(jax.random.key(2), batch))
+  starts = {name: np.argmin(s[..., 0], axis=1) for name, s in seen.items()}
+  for start in starts.values():
+    counts = np.bincount(start, minlength=15)
+    assert len(counts) == 15 and stats.chisquare(counts).pvalue > MOSTLY
+  for one, other in (("text", "audio"), ("audio", "vision"), ("text", "vision")):
+    assert abs(np.corrcoef(starts[one], starts[other])[0, 1]) < 0.08
+
+
+def test_rate_interval_is_drawn_uniformly_per_sample_and_modality():
+  from scipy import stats
+
+  batch = many(2000, 500)
+  rates = {
+    name: missing_rate(seen)
+    for name, seen in seen_of(masking.span((0.4, 0.6))(jax.random.key(3), batch)).items()
+  }
+  for rate in rates.values():
+    assert rate.min() >= 0.398 and rate.max() <= 0.6
+    assert stats.kstest(rate + 0.001, stats.uniform(0.4, 0.2).cdf).pvalue > MOSTLY
+  assert abs(np.corrcoef(rates["text"], rates["audio"])[0, 1]) < 0.1
+
+
+def test_bernoulli_rate_and_complete_share():
+  batch = many(2000, 50)
+  masked = masking.bernoulli(0.3, complete_share=0.5)(jax.random.key(4), batch)
+  for seen in seen_of(masked).values():
+    rate = missing_rate(seen)
+    assert abs((rate == 0).mean() - 0.5) < 0.05
+    assert abs(rate[rate > 0].mean() - 0.3) < 0.01
+  a, v = (missing_rate(s) == 0 for s in (masked.audio.seen, masked.vision.seen))
+  assert abs((a & v).mean() - 0.25) < 0.05  # per modality, not per sample
+
+
+def test_bernoulli_steps_are_independent():
+  seen = np.asarray(masking.bernoulli(0.5)(jax.random.key(5), many()).audio.seen)[..., 0]
+  correlation = np.corrcoef(seen.T) - np.eye(seen.shape[1])
+  assert np.abs(correlation).max() < 0.08
+
+
+@pytest.mark.parametrize("make", [masking.span, masking.bernoulli])
+def test_rate_zero_keeps_all_and_one_takes_all(make):
+  batch = make_batch(20, 12, tokens=False)
+  for name, seen in seen_of(make(0.0)(jax.random.key(0), batch)).items():
+    assert seen.all(), name
+  for name, seen in seen_of(make(1.0)(jax.random.key(0), batch)).items():
+    np.testing.assert_array_equal(seen[..., 0], ~np.asarray(getattr(batch, name).valid))
+
+
+def test_feature_axis_hides_the_same_channels_at_every_step():
+  batch = make_batch(8, 12, tokens=False)
+  masked = masking.span(0.5, axis="feature")(jax.random.key(0), batch)
+  assert masked.vision.seen.shape == (8, 12, 4)  # and-ed into [B, L, 1]
+  np.testing.assert_array_equal(masked.vision.seen.sum(-1), 2)
+  np.testing.assert_array_equal(masked.vision.seen, masked.vision.seen[:, :1].repeat(12, 1))
+  lone = batch._replace(audio=batch.audio._replace(seen=jnp.ones((8, 1, 1), bool)))
+  assert masking.span(0.5, axis="feature")(jax.random.key(0), lone).audio.seen.shape == (8, 1, 3)
+
+
+# --- tokens, drops, composition
+
+
+@pytest.mark.parametrize("mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop("text")])
+def test_tokens_become_unk_but_for_both_ends_and_padding(mask):
+  batch = make_batch()
+  masked = mask(jax.random.key(0), batch)
+  out, valid = np.asarray(masking.observed(masked.text)), np.asarray(batch.text.valid)
+  for row, ids, ok in zip(out, np.asarray(batch.text.x), valid, strict=True):
+    last = ok.sum() - 1
+    assert row[0] == ids[0] and row[last] == ids[last]
+    assert (row[1:last] == 100).all() and (row[last + 1 :] == 0).all()
+  np.testing.assert_array_equal(masked.text.valid, batch.text.valid)
+
+
+def test_drop_takes_the_named_modalities_only():
+  batch = make_batch(tokens=False)
+  masked = masking.erase(masking.drop("text", "vision")(jax.random.key(0), batch))
+  assert not masked.text.x.any() and not masked.vision.x.any()
+  np.testing.assert_array_equal(masked.audio.x, batch.audio.x)
+
+
+def drawn_subsets(mask, rows=6000):
+  batch = many(rows, 3)
+  gone = [1 - missing_rate(s) == 0 for s in seen_of(mask(jax.random.key(6), batch)).values()]
+  return np.bincount(np.stack(gone, 1) @ [1, 2, 4], minlength=8) / rows
+
+
+def test_random_drop_draws_its_subsets_equally_or_by_rate():
+  np.testing.assert_allclose(
+    drawn_subsets(masking.random_drop()), [0, *[1 / 6] * 6, 0], atol=0.02
+  )
+  p = 0.3
+  chance = np.array([p ** bin(s).count("1") * (1 - p) ** (3 - bin(s).count("1")) for s in range(8)])
+  np.testing.assert_allclose(
+    drawn_subsets(masking.random_drop(masking.SUBSETS, rate=p)), chance, atol=0.02
+  )
+  chance[7] = 0  # never all three
+  np.testing.assert_allclose(
+    drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=p)),
+    chance / chance.sum(), atol=0.02,
+  )  # fmt: skip
+
+
+def test_random_drop_at_the_ends_of_the_rate():
+  none = drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=0.0), 500)
+  np.testing.assert_array_equal(none, [1, 0, 0, 0, 0, 0, 0, 0])
+  most = drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=1.0), 500)
+  assert most[[3, 5, 6]].sum() == 1 and (most[[3, 5, 6]] > 0).all()
+
+
+def test_compose_takes_the_union_of_what_its_masks_take():
+  batch = make_batch(8, 12, tokens=False)
+  key = jax.random.key(0)
+  one, other = masking.span(0.3), masking.span(0.4, axis="feature")
+  both = masking.compose(one, other)(key, batch)
+  for name in types.MODALITIES:
+    expected = (
+      getattr(one(jax.random.fold_in(key, 0), batch), name).seen
+      & getattr(other(jax.random.fold_in(key, 1), batch), name).seen
+    )
+    np.testing.assert_array_equal(getattr(both, name).seen, expected)
+
+
+def test_masks_rewrite_seen_only_and_never_give_back():
+  batch = make_batch()
+  before = masking.bernoulli(0.5)(jax.random.key(9), batch)
+  for mask in MASKS.values():
+    after = mask(jax.random.key(0), before)
+    for name in types.MODALITIES:
+      seen = getattr(after, name).seen
+      assert not (seen & ~getattr(before, name).seen).any()
+      after = after._replace(
+        **{name: getattr(after, name)._replace(seen=getattr(before, name).seen)}
+      )
+    chex.assert_trees_all_equal(after, before)
+
+
+# --- independence of the batch, compilation
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_samples_mask_depends_on_neither_batch_size_nor_order(name):
+  batch, key = make_batch(6), jax.random.key(0)
+  mask = jax.jit(MASKS[name])
+  whole = mask(key, batch)
+  order = np.array([4, 0, 5, 2])
+  chex.assert_trees_all_equal(
+    mask(key, jax.tree.map(lambda a: a[order], batch)),
+    jax.tree.map(lambda a: a[order], whole),
+  )
+  if name != "drop":
+    moved = mask(key, batch._replace(index=batch.index + 6))
+    other = mask(jax.random.key(1), batch)
+    for changed in (moved, other):
+      same = [np.array_equal(a, b) for a, b in
+              zip(seen_of(changed).values(), seen_of(whole).values(), strict=True)]  # fmt: skip
+      assert not all(same)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_under_jit_and_vmap(name):
+  batch, keys = make_batch(3), jax.random.split(jax.random.key(0), 2)
+  together = jax.jit(jax.vmap(MASKS[name], (0, None)))(keys, batch)
+  for i, key in enumerate(keys):
+    chex.assert_trees_all_equal(
+      jax.tree.map(lambda a, i=i: a[i], together), MASKS[name](key, batch)
+    )
+
+
+@pytest.mark.parametrize("make", [masking.span, masking.bernoulli])
+def test_a_grid_of_rates_compiles_once_and_equals_concrete_rates(make):
+  batch, key = make_batch(4), jax.random.key(0)
+  chex.clear_trace_counter()
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def apply(rate):
+    return make(rate)(key, batch)
+
+  for rate in np.linspace(0, 1, 5, dtype=np.float32):
+    chex.assert_trees_all_equal(apply(jnp.float32(rate)), make(float(rate))(key, batch))
+
+  grid = jnp.float32([[[0.2, 0.2], [0, 0], [1, 1]], [[0, 1], [0.4, 0.6], [0.5, 0.5]]])
+  cells = jax.jit(lambda rates: jax.lax.map(lambda r: make(r)(key, batch), rates))(grid)
+  for i, rates in enumerate(np.asarray(grid)):
+    cell = jax.tree.map(lambda a, i=i: a[i], cells)
+    chex.assert_trees_all_equal(cell, make(rates)(key, batch))
+
+
+# --- rates
+
+
+def test_all_forms_of_a_rate_agree():
+  batch, key = make_batch(5), jax.random.key(0)
+  forms = [
+    [0.3, np.float32(0.3), (0.3, 0.3), [0.3, 0.3, 0.3], np.full(3, 0.3), np.full((3, 2), 0.3),
+     dict.fromkeys(types.MODALITIES, 0.3), dict.fromkeys(types.MODALITIES, (0.3, 0.3))],
+    [(0.1, 0.9), jnp.array([0.1, 0.9]), ((0.1, 0.9),) * 3,
+     dict.fromkeys(types.MODALITIES, (0.1, 0.9))],
+    [{"audio": (0.2, 0.5), "vision": 1.0}, ((0, 0), (0.2, 0.5), (1, 1))],
+  ]  # fmt: skip
+  for same in forms:
+    for rate in same[1:]:
+      chex.assert_trees_all_equal(
+        masking.span(rate)(key, batch), masking.span(same[0])(key, batch)
+      )
+
+
+def test_traced_parts_of_a_rate():
+  batch, key = make_batch(5), jax.random.key(0)
+  expected = masking.span({"audio": (0.2, 0.5)})(key, batch)
+  chex.assert_trees_all_equal(
+    jax.jit(lambda r: masking.span({"audio": (0.2, r)})(key, batch))(0.5), expected
+  )
+
+
+@pytest.mark.parametrize(
+  ("rate", "message"),
+  [
+    (1.2, "within"),
+    (-0.1, "within"),
+    (float("nan"), "within"),
+    ((0.6, 0.4), "low <= high"),
+    ((0.1, 0.2, 0.3, 0.4), "shape"),
+    (((0.1, 0.2), 0.3, 0.4), "differ in shape"),
+    ({"text": (0.1, 0.2, 0.3)}, "number or"),
+    ({"video": 0.5}, "video"),
+    ({"audio": 3}, "within"),
+  ],
+)
+def test_wrong_rates_are_refused(rate, message):
+  for make in (masking.span, masking.bernoulli):
+    with pytest.raises(ValueError, match=message):
+      make(rate)
+
+
+def test_other_wrong_arguments_are_refused():
+  with pytest.raises(ValueError, match="axis"):
+    masking.span(0.5, axis="channels")
+  with pytest.raises(ValueError, match="token ids"):
+    masking.span(0.5, axis="feature")(jax.random.key(0), make_batch())
+  with pytest.raises(ValueError, match="complete_share"):
+    masking.bernoulli(0.5, complete_share=1.5)
+  with pytest.raises(ValueError, match="video"):
+    masking.drop("video")
+  with pytest.raises(ValueError, match="text"):
+    masking.random_drop(("text", "audio"))  # names where sets of names are expected
+  with pytest.raises(ValueError, match="subset"):
+    masking.random_drop(())
+
+
+# --- no leakage
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e9])
+def test_erase_leaves_nothing_of_the_unseen(poison):
+  batch = make_batch()
+  mask = masking.compose(masking.span(0.4), masking.bernoulli((0.0, 0.5)))
+  masked = mask(jax.random.key(0), batch)
+
+  def poisoned(m):
+    bad = jnp.full_like(m.x, 7 if m.x.ndim == 2 else poison)
+    return m._replace(x=jnp.where(m.seen, m.x, bad))
+
+  spoilt = masked._replace(**{n: poisoned(getattr(masked, n)) for n in types.MODALITIES})
+  clean, erased = masking.erase(masked), masking.erase(spoilt)
+  chex.assert_trees_all_equal(clean, erased)
+  for name in types.MODALITIES:
+    m = getattr(erased, name)
+    np.testing.assert_array_equal(m.x, masking.observed(m))
+    np.testing.assert_array_equal(m.seen, getattr(masked, name).seen)
+    assert not jnp.array_equal(m.x, getattr(batch, name).x)
+
+
+def test_observed_passes_no_gradient_through_the_unseen():
+  m = masking.span(0.5)(jax.random.key(0), make_batch(tokens=False)).audio
+  grad = jax.grad(lambda x: (masking.observed(m._replace(x=x)) ** 2).sum())(m.x)
+  np.testing.assert_array_equal(grad, jnp.where(m.seen, 2 * m.x, 0))
