@@ -9,8 +9,9 @@ import sys
 
 from absl import app, flags
 
+from experiments import report
 from experiments import run as run_lib
-from mmjax import evaluate, metrics, plots, tables
+from mmjax import evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the datasets, if it has moved.")
@@ -24,50 +25,24 @@ _MASK = flags.DEFINE_enum("mask", None, ("span", "bernoulli"), "Kind of mask; th
 _OUT = flags.DEFINE_string("out", None, "Output folder; WORKDIR/robustness by default.")
 
 
-def parse_rates(text: str) -> list[evaluate.Condition]:
-  """Conditions of "first:last:step" (both ends included), "0,0.3" or "0.4-0.6"."""
-  if ":" in text:
-    first, last, step = (float(part) for part in text.split(":"))
-    if step <= 0:
-      raise ValueError(f"--rates={text}: the step must be positive.")
-    count = int((last - first) / step + 1 + 1e-6)
-    return [evaluate.rate_condition(round(first + n * step, 6)) for n in range(count)]
-  pairs = [part.split("-") for part in text.split(",") if part]
-  return [evaluate.rate_condition(*(float(rate) for rate in pair)) for pair in pairs]
-
-
-def write(rows: list[dict], out: pathlib.Path, select: str, by=("kind", "condition"), lines=None):
-  """Writes the tables and curves of robustness rows to `out` and prints the table."""
-  table = tables.write(out, "robustness", rows, by)
-  print(tables.to_text(table))
-  rates = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
-  if len(rates):
-    shown = [select] + [m for m in metrics.HEADLINE if m in table.columns and m != select][:2]
-    path = plots.curves(
-      rates, shown, out / "robustness.png", x="condition", x_label="missing rate", lines=lines
-    )
-    print(f"\nCurves: {path}")
-  print(f"Tables: {out / 'robustness.md'}, {out / 'robustness.csv'}")
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   try:
-    conditions = parse_rates(_RATES.value)
+    conditions = evaluate.parse_rates(_RATES.value)
     conditions += [evaluate.missing_condition(letters) for letters in _MISSING.value]
     run, best = run_lib.load_run(_WORKDIR.value, _DATA_DIR.value)
     if _MASK.value:
       run.config.mask.kind = _MASK.value
     rows = evaluate.robustness(
       run.recipe.system, best["params"], best["extra"], getattr(run.dataset, _SPLIT.value),
-      run.dataset.name, conditions, range(_MASK_SEEDS.value),
+      run.dataset.spec, conditions, range(_MASK_SEEDS.value),
       mask_of=run_lib.make_mask_of(run.config),
     )  # fmt: skip
   except ValueError as error:
     sys.exit(f"error: {error}")
   out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness")
-  write(rows, out, run.recipe.select)
+  report.robustness(rows, out)
 
 
 if __name__ == "__main__":

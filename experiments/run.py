@@ -13,7 +13,6 @@ from experiments import workdir
 from mmjax import data, evaluate, masking, meta, metrics, models, optim, train, types
 
 METHODS = ("orig", "spl", "m3s")
-MASK = 3  # the run key's constant of ORIG's fixed masks; 0-2 are the trainer's
 
 
 class Interrupted(Exception):
@@ -64,21 +63,18 @@ def make_mask_of(config: ml_collections.ConfigDict) -> Callable[[object], types.
 
 
 def make_method(
-  config: ml_collections.ConfigDict,
-  method: str,
-  missing_rate: tuple[float, float],
-  key: types.PRNGKey,
-) -> types.Method:
-  """The training method by its name: "orig", "spl" or "m3s"."""
+  config: ml_collections.ConfigDict, method: str, missing_rate: tuple[float, float]
+) -> Callable[[types.PRNGKey], types.Method]:
+  """The training method by its name ("orig", "spl" or "m3s"), as a function of the run's key."""
   mask = make_mask_of(config)(missing_rate)
   if method == "orig":
-    return functools.partial(meta.fixed_missing, mask=mask, key=jax.random.fold_in(key, MASK))
+    return lambda key: functools.partial(meta.fixed_missing, mask=mask, key=key)
   if method == "spl":
-    return functools.partial(meta.sampled_missing, mask=mask)
+    return lambda key: functools.partial(meta.sampled_missing, mask=mask)
   if method == "m3s":
     settings = config.m3s.to_dict()
     inner = optim.make(**settings.pop("optimizer"), differentiable=settings["order"] == "second")
-    return functools.partial(meta.m3s, mask=mask, inner_optimizer=inner, **settings)
+    return lambda key: functools.partial(meta.m3s, mask=mask, inner_optimizer=inner, **settings)
   raise ValueError(f"unknown method {method!r}, expected one of {METHODS}.")
 
 
@@ -102,7 +98,6 @@ def make_run(
   Returns:
     The run.
   """
-  key = jax.random.key(seed)
   system = make_system(config)
   settings = config.train
   rows = dataset.train.index.shape[0]
@@ -110,7 +105,7 @@ def make_run(
   overrides = config.get("phase_optimizer", {})
   recipe = train.Recipe(
     system=system,
-    method=make_method(config, method, missing_rate, key),
+    method=make_method(config, method, missing_rate),
     optimizers={
       phase.name: optim.make(
         total_steps=total, **{**config.optimizer, **overrides.get(phase.name, {})}
@@ -127,12 +122,12 @@ def make_run(
   validate = evaluate.make_validator(
     system,
     dataset.valid,
-    dataset.name,
+    dataset.spec,
     evaluate.rate_condition(*missing_rate),
     mask_of=make_mask_of(config),
     seed=seed,
   )
-  return Run(config, dataset, recipe, validate, key)
+  return Run(config, dataset, recipe, validate, jax.random.key(seed))
 
 
 def execute(
@@ -201,16 +196,16 @@ def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
   Returns:
     The run, and the parameters and extra of the epoch that is best on validation.
   """
-  asked = workdir.read_config(path)
+  found = workdir.read_config(path)
+  asked, data_dir = found["run"], data_dir or found["data_dir"]
   config = ml_collections.ConfigDict(asked["config"])
-  dataset = load_data(config, data_dir or asked["data_dir"])
+  dataset = load_data(config, data_dir)
   run = make_run(
     config, dataset, method=asked["method"],
     missing_rate=tuple(asked["missing_rate"]), seed=asked["seed"],
   )  # fmt: skip
-  folder = workdir.Workdir(path, asked)
-  template = train.start(run.recipe, dataset.train, dataset.spec, run.key)
-  progress = folder.read(template)
+  folder = workdir.Workdir(path, asked, data_dir)
+  progress = folder.read(train.start(run.recipe, dataset.train, dataset.spec, run.key))
   if progress is None:
     raise workdir.WorkdirError(f"{path} holds no checkpoint yet.")
   return run, progress.best

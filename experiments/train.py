@@ -36,7 +36,6 @@ def main(argv):
   low, *high = (float(rate) for rate in _MISSING_RATE.value)
   asked = {
     "config": _CONFIG.value.to_dict(),
-    "data_dir": _DATA_DIR.value,
     "method": _METHOD.value,
     "missing_rate": [low, *(high or [low])],
     "seed": _SEED.value,
@@ -46,7 +45,7 @@ def main(argv):
     signal.signal(number, lambda number, frame: signals.append(number))
   try:
     dataset = run_lib.load_data(_CONFIG.value, _DATA_DIR.value)
-    folder = workdir_lib.Workdir(_WORKDIR.value, asked)
+    folder = workdir_lib.Workdir(_WORKDIR.value, asked, _DATA_DIR.value)
     run = run_lib.make_run(
       _CONFIG.value, dataset, method=_METHOD.value,
       missing_rate=tuple(asked["missing_rate"]), seed=_SEED.value,

@@ -37,14 +37,14 @@ def _write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
-  """What the run in `workdir` was asked for.
+  """What the run in `workdir` was asked for ("run"), with what, and on the data of where.
 
   Raises:
     WorkdirError: if there is no run.
   """
   path = pathlib.Path(workdir) / "config.json"
   try:
-    return json.loads(path.read_text(encoding="utf-8"))["run"]
+    return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise WorkdirError(
       f"{path} does not exist: {workdir} holds no training run. Train one with"
@@ -58,20 +58,22 @@ class Workdir:
   Args:
     path: the folder.
     asked: what the run is asked for, JSON values only. It must be the same on every call.
+    data_dir: where the datasets lie; it may change.
 
   Raises:
     WorkdirError: if the folder belongs to a run that was asked for something else.
   """
 
-  def __init__(self, path: str | os.PathLike, asked: dict):
+  def __init__(self, path: str | os.PathLike, asked: dict, data_dir: str | os.PathLike):
     self.path = pathlib.Path(path)
     self.path.mkdir(parents=True, exist_ok=True)
     asked = json.loads(json.dumps(asked))  # as it will be read back
     if (self.path / "config.json").exists():
-      _refuse_other(self.path, read_config(self.path), asked)
+      _refuse_other(self.path, read_config(self.path)["run"], asked)
     else:
       versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-      text = json.dumps({"run": asked, "versions": versions}, indent=2)
+      found = {"run": asked, "data_dir": os.fspath(data_dir), "versions": versions}
+      text = json.dumps(found, indent=2)
       _write_atomically(self.path / "config.json", text + "\n")
     self.checkpoints = checkpoint.manager(self.path / "checkpoints")
     self._log = self.path / "metrics.jsonl"

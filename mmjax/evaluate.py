@@ -51,6 +51,18 @@ def missing_condition(letters: str) -> Condition:
   return Condition("missing", letters, rates)
 
 
+def parse_rates(text: str) -> list[Condition]:
+  """Rate conditions of "first:last:step" (both ends included), "0,0.3" or "0.4-0.6"."""
+  if ":" in text:
+    first, last, step = (float(part) for part in text.split(":"))
+    if step <= 0:
+      raise ValueError(f"rates {text!r}: the step must be positive.")
+    count = int((last - first) / step + 1 + 1e-6)
+    return [rate_condition(round(first + n * step, 6)) for n in range(count)]
+  pairs = [part.split("-") for part in text.split(",") if part]
+  return [rate_condition(*(float(rate) for rate in pair)) for pair in pairs]
+
+
 def make_grid(
   system: types.System,
   split: types.Batch,
@@ -105,7 +117,7 @@ def make_grid(
 def make_validator(
   system: types.System,
   split: types.Batch,
-  scale: str,
+  spec: types.Spec,
   condition: Condition,
   *,
   mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
@@ -117,7 +129,7 @@ def make_validator(
 
   def validate(params, extra):
     prediction = np.asarray(grid(params, extra, condition.rates[None], [seed]))[0, 0]
-    return metrics.compute(scale, prediction, split.label)
+    return metrics.compute(spec, prediction, split.label)
 
   return validate
 
@@ -127,7 +139,7 @@ def robustness(
   params: types.Params,
   extra: types.Extra,
   split: types.Batch,
-  scale: str,
+  spec: types.Spec,
   conditions: Sequence[Condition],
   seeds: Iterable[int],
   *,
@@ -139,7 +151,7 @@ def robustness(
   Args:
     system, params, extra: the trained model.
     split: the split to test on.
-    scale: name of the metrics' flavour, see `metrics.compute`.
+    spec: of the dataset; decides the metrics, see `metrics.for_task`.
     conditions: the missing-data conditions.
     seeds: the mask seeds.
     mask_of: makes the mask of rates [3, 2].
@@ -157,7 +169,7 @@ def robustness(
       "kind": condition.kind,
       "condition": condition.name,
       "mask_seed": seed,
-      **metrics.compute(scale, predictions[c, s], split.label),
+      **metrics.compute(spec, predictions[c, s], split.label),
     }
     for c, condition in enumerate(conditions)
     for s, seed in enumerate(seeds)

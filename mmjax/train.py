@@ -17,7 +17,7 @@ import optax
 from mmjax import optim, types
 
 # One constant per purpose, folded into the run's key.
-INIT, DATA, LOSS = range(3)
+INIT, DATA, LOSS, METHOD = range(4)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -33,7 +33,8 @@ class Recipe(NamedTuple):
 
   Attributes:
     system: the model.
-    method: turns each phase's loss into the one that is trained (`mmjax.meta`).
+    method: `key -> Method`, makes the training method (`mmjax.meta`) of a run: it turns each
+      phase's loss into the one that is trained. ORIG takes its fixed masks from the key.
     optimizers: of each phase, by its name.
     batch_size: B, samples of one draw.
     draws: independent draws of B samples in one step: 2 for M³S (support and query set).
@@ -44,7 +45,7 @@ class Recipe(NamedTuple):
   """
 
   system: types.System
-  method: types.Method
+  method: Callable[[types.PRNGKey], types.Method]
   optimizers: Mapping[str, optax.GradientTransformation]
   batch_size: int
   draws: int = 1
@@ -94,9 +95,7 @@ class EpochReport(NamedTuple):
   progress: Progress
 
 
-def create(
-  recipe: Recipe, spec: types.Spec, key: types.PRNGKey
-) -> types.TrainState:
+def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainState:
   """Initial parameters, optimizer states and extra of a run."""
   params, extra = recipe.system.init(jax.random.fold_in(key, INIT), spec)
   opt = {
@@ -107,13 +106,14 @@ def create(
 
 
 def make_step(
-  phase: types.Phase, optimizer: optax.GradientTransformation, method: types.Method
+  recipe: Recipe, phase: types.Phase
 ) -> Callable[..., tuple[types.TrainState, dict[str, jax.Array]]]:
   """One optimizer step of a phase: `(state, batch, key) -> (state, metrics)`.
 
-  The step's randomness is `fold_in(key, state.step)`. Only the parameters that
+  `key` is the run's; the step folds `state.step` into it. Only the parameters that
   `phase.trains` finds are differentiated, in the inner loop of a meta-gradient too.
   """
+  optimizer = recipe.optimizers[phase.name]
 
   def step(state, batch, key):
     trained, constant = optim.split(state.params, phase.trains)
@@ -121,9 +121,10 @@ def make_step(
     def loss(trained, batch, key, extra):
       return phase.loss(optim.merge(trained, constant), batch, key, extra)
 
+    method = recipe.method(jax.random.fold_in(key, METHOD))
     gradient = jax.value_and_grad(method(loss), has_aux=True)
-    key = jax.random.fold_in(key, state.step)
-    (value, aux), grads = gradient(trained, batch, key, state.extra)
+    step_key = jax.random.fold_in(jax.random.fold_in(key, LOSS), state.step)
+    (value, aux), grads = gradient(trained, batch, step_key, state.extra)
     updates, opt = optimizer.update(grads, state.opt[phase.name], trained)
     params = optim.merge(optax.apply_updates(trained, updates), constant)
     metrics = {**aux.metrics, "loss": value, "gradient_norm": optax.tree.norm(grads)}
@@ -159,7 +160,7 @@ def make_steps(step: Callable, batch_size: int, draws: int) -> Callable:
       state, sums, at, _ = carry
       rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
       batch = jax.tree.map(lambda a: a[rows.reshape(-1)], data)
-      state, metrics = step(state, batch, jax.random.fold_in(key, LOSS))
+      state, metrics = step(state, batch, key)
       finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
       return state, jax.tree.map(jnp.add, sums, metrics), at + 1, finite
 
@@ -179,8 +180,7 @@ def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGK
   batch = jax.tree.map(lambda a: jnp.asarray(a[rows]), train)
   sums = {}
   for phase in recipe.system.phases:
-    step = make_step(phase, recipe.optimizers[phase.name], recipe.method)
-    _, metrics = jax.eval_shape(step, state, batch, key)
+    _, metrics = jax.eval_shape(make_step(recipe, phase), state, batch, key)
     sums[phase.name] = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
   # copies: the state's own buffers are donated to the first step
   best = jax.tree.map(jnp.copy, {"params": state.params, "extra": state.extra})
@@ -224,12 +224,7 @@ def fit(
   phases = recipe.system.phases
   rows = train.index.shape[0]
   batch_size = min(recipe.batch_size, rows)
-  runs = [
-    make_steps(
-      make_step(phase, recipe.optimizers[phase.name], recipe.method), batch_size, recipe.draws
-    )
-    for phase in phases
-  ]
+  runs = [make_steps(make_step(recipe, phase), batch_size, recipe.draws) for phase in phases]
   train = jax.tree.map(jnp.asarray, train)
   sign = 1.0 if recipe.larger_is_better else -1.0
   stretch = 1  # steps until the next pause; grows to about `seconds`

@@ -17,7 +17,7 @@ DATA = toy.make_batch(32)
 def recipe(**kwargs):
   settings = dict(
     system=toy.make_system(),
-    method=functools.partial(meta.sampled_missing, mask=masking.span((0.2, 0.5))),
+    method=lambda key: functools.partial(meta.sampled_missing, mask=masking.span((0.2, 0.5))),
     optimizers={"main": optim.make(learning_rate=0.03)},
     batch_size=8,
     epochs=6,
@@ -77,7 +77,7 @@ def test_m3s_trains_through_the_same_trainer():
   method = functools.partial(
     meta.m3s, mask=masking.span(0.5), inner_optimizer=optax.sgd(0.01), order="second"
   )
-  reports = run(recipe(method=method, draws=2))
+  reports = run(recipe(method=lambda key: method, draws=2))
   assert reports[-1].valid["mae"] < 0.7 * reports[0].valid["mae"]
   assert int(reports[-1].progress.state.extra["calls"]) == 6 * 4  # once a step
   assert "support_loss" in reports[-1].train
@@ -95,7 +95,7 @@ def test_every_draw_passes_the_data_once_an_epoch():
     return params, {**extra, "visits": jnp.zeros((2, 32), jnp.int32)}
 
   system = types.System(init, toy.predict, (types.Phase("main", loss),))
-  plan = recipe(system=system, draws=2, epochs=3, method=lambda loss: loss)
+  plan = recipe(system=system, draws=2, epochs=3, method=lambda key: lambda loss: loss)
   np.testing.assert_array_equal(run(plan)[-1].progress.state.extra["visits"], np.full((2, 32), 3))
 
 

@@ -1,0 +1,143 @@
+"""The binaries as a user runs them: in processes of their own, killed and started again."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import orbax.checkpoint as ocp
+import pytest
+
+from data_prep import convert
+from mmjax import synthetic
+
+ROOT = pathlib.Path(__file__).parents[1]
+EPOCHS = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("binaries")
+  synthetic.write_pickle(
+    folder / "tiny.pkl", synthetic.make_arrays(seed=1, num_train=64, num_valid=24, num_test=24)
+  )
+  convert.convert(folder / "tiny.pkl", "tiny", folder / "data")
+  return folder
+
+
+def start(module, *flags, **kwargs):
+  command = [sys.executable, "-m", f"experiments.{module}", *flags]
+  return subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+  )
+
+
+def train(folder, name, *more):
+  return start(
+    "train",
+    "--config=experiments/configs/quickstart.py:tiny",
+    "--config.model.hidden_size=4",
+    f"--config.train.epochs={EPOCHS}",
+    "--config.train.batch_size=8",
+    f"--data_dir={folder / 'data'}",
+    f"--workdir={folder / name}",
+    *more,
+  )
+
+
+def finish(process):
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def final(path):
+  """Everything in the newest checkpoint of a run."""
+  with ocp.CheckpointManager(path / "checkpoints") as checkpoints:
+    return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore())
+
+
+def epochs_logged(path):
+  log = path / "metrics.jsonl"
+  return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+  code, output = finish(train(folder, "whole"))
+  assert code == 0, output
+  assert "Best epoch" in output and "experiments.evaluate" in output
+  return final(folder / "whole")
+
+
+def wait_until(condition, process):
+  while not condition():
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.01)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(folder, uninterrupted):
+  for epochs in (3, 20):
+    process = train(folder, "killed", "--checkpoint_every=0")
+    wait_until(lambda at=epochs: epochs_logged(folder / "killed") >= at, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert epochs_logged(folder / "killed") < EPOCHS
+  code, output = finish(train(folder, "killed", "--checkpoint_every=0"))
+  assert code == 0, output
+  chex.assert_trees_all_equal(final(folder / "killed"), uninterrupted)
+  logs = [(folder / name / "metrics.jsonl").read_text() for name in ("killed", "whole")]
+  assert logs[0] == logs[1]
+  assert [json.loads(line)["epoch"] for line in logs[0].splitlines()] == list(range(EPOCHS))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(folder, uninterrupted):
+  process = train(folder, "stopped")
+  wait_until(lambda: epochs_logged(folder / "stopped") >= 2, process)
+  process.send_signal(signal.SIGTERM)
+  code, output = finish(process)
+  assert code == 128 + signal.SIGTERM and "The same command goes on" in output
+  assert epochs_logged(folder / "stopped") < EPOCHS
+  code, output = finish(train(folder, "stopped"))
+  assert code == 0, output
+  chex.assert_trees_all_equal(final(folder / "stopped"), uninterrupted)
+
+
+def test_a_folder_of_another_config_is_refused(folder, uninterrupted):
+  code, output = finish(train(folder, "whole", "--config.optimizer.learning_rate=0.5"))
+  assert code == 1
+  assert "config.optimizer.learning_rate: 0.001 there, 0.5 asked for" in output
+  assert "Traceback" not in output
+  chex.assert_trees_all_equal(final(folder / "whole"), uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(folder):
+  code, output = finish(train(folder, "nan", "--config.optimizer.learning_rate=1e30"))
+  assert code == 1 and "is not finite in phase" in output and "checkpoint" in output
+  assert "Traceback" not in output
+
+
+def test_evaluate_writes_table_and_curves(folder, uninterrupted):
+  code, output = finish(
+    start(
+      "evaluate",
+      f"--workdir={folder / 'whole'}",
+      "--rates=0:0.9:0.3",
+      "--mask_seeds=2",
+      "--missing=l,av",
+    )
+  )
+  assert code == 0, output
+  out = folder / "whole" / "robustness"
+  runs = (out / "robustness_runs.csv").read_text().splitlines()
+  assert len(runs) == 1 + (4 + 2) * 2
+  assert (out / "robustness.png").stat().st_size > 5000
+  assert "0.3" in (out / "robustness.md").read_text() and "±" in output
+
+
+def test_evaluating_a_folder_without_a_run_says_so(folder):
+  code, output = finish(start("evaluate", f"--workdir={folder / 'nothing'}"))
+  assert code == 1 and "holds no training run" in output and "Traceback" not in output
+  assert not (folder / "nothing").exists()
