@@ -20,6 +20,7 @@ stays complete); or an array [3] or [3, 2], in the order text, audio, vision. Ra
 traced, so a grid of rates compiles once; rates that are not traced are checked.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -163,17 +164,16 @@ def span(rate: Rate, *, axis: str = "time") -> types.MaskFn:
   if axis not in AXES:
     raise ValueError(f"axis is {axis!r}, expected one of {AXES}.")
 
-  def mask(m: types.Modality, keys, rates):
-    u = jax.vmap(jax.random.uniform)(keys)
+  def mask(m: types.Modality, u, rates):
     if axis == "time":
-      bounds = span_bounds(u, rates, m.valid.sum(-1))
+      bounds = span_bounds(u[:, 0], rates, m.valid.sum(-1))
       return _steps(m, span_mask(*bounds, m.valid.shape[-1]) | ~m.valid)
     if m.x.ndim == 2:
       raise ValueError("token ids have no feature axis: use span(axis='time') for them.")
     dim = m.x.shape[-1]
-    return span_mask(*span_bounds(u, rates, dim), dim)[:, None, :]
+    return span_mask(*span_bounds(u[:, 0], rates, dim), dim)[:, None, :]
 
-  return _with_rates(rate, mask)
+  return _with_rates(rate, lambda m: 1, mask)
 
 
 def bernoulli(rate: Rate, *, complete_share: types.Array | float = 0.0) -> types.MaskFn:
@@ -195,16 +195,12 @@ def bernoulli(rate: Rate, *, complete_share: types.Array | float = 0.0) -> types
   """
   _check_unit("complete_share", complete_share)
 
-  def one(key, rate, valid):
-    step_key, complete_key = jax.random.split(key)
-    rate = jnp.where(jax.random.uniform(complete_key) < complete_share, 0.0, rate)
-    u = jax.random.uniform(step_key, valid.shape)
-    return step_mask(u, rate, valid) | (rate == 0)  # u may be exactly 0
+  def mask(m: types.Modality, u, rates):
+    rates = jnp.where(u[:, 0] < complete_share, 0.0, rates)[:, None]
+    seen = step_mask(u[:, 1:], rates, m.valid) | (rates == 0)  # u may be exactly 0
+    return _steps(m, seen)
 
-  def mask(m: types.Modality, keys, rates):
-    return _steps(m, jax.vmap(one)(keys, rates, m.valid))
-
-  return _with_rates(rate, mask)
+  return _with_rates(rate, lambda m: 1 + m.valid.shape[-1], mask)
 
 
 def drop(*modalities: str) -> types.MaskFn:
@@ -259,7 +255,7 @@ def random_drop(
     p = jnp.asarray(0.5 if rate is None else rate, jnp.result_type(float))
     # finite, so that p = 0 and p = 1 draw the smallest and the largest of the subsets
     logits = table.sum(-1) * jnp.clip(jax.scipy.special.logit(p), -99.0, 99.0)
-    keys = _sample_keys(key, len(types.MODALITIES), batch.index)
+    keys = _sample_keys(key, batch.index)[0]  # one draw for all modalities
     drawn = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)
     missing = jnp.asarray(table)[drawn]  # [B, 3]
     for i, name in enumerate(types.MODALITIES):
@@ -293,27 +289,31 @@ def _steps(m: types.Modality, seen: types.Array) -> types.Array:
   return seen[..., None]
 
 
-def _sample_keys(key: types.PRNGKey, constant: int, index: types.Array) -> types.PRNGKey:
-  """[B] keys, one for each row of `index`, of the purpose that `constant` names."""
-  key = jax.random.fold_in(key, constant)
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+def _sample_keys(key: types.PRNGKey, index: types.Array) -> types.PRNGKey:
+  """[3, B] keys, one for each modality and row of `index`."""
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  return jax.vmap(fold, (0, None))(fold(key, jnp.arange(len(types.MODALITIES))), index)
 
 
 def _with_rates(
-  rate: Rate, mask_modality: Callable[[types.Modality, types.PRNGKey, types.Array], types.Array]
+  rate: Rate,
+  draws: Callable[[types.Modality], int],
+  mask_modality: Callable[[types.Modality, types.Array, types.Array], types.Array],
 ) -> types.MaskFn:
-  """Lifts `(modality, keys [B], rates [B]) -> mask` over the modalities, drawing the rates."""
+  """Lifts `(modality, u [B, draws(modality)], rates [B]) -> mask` over the modalities."""
   intervals = _intervals(rate)
 
   def mask(key, batch):
     bounds = jnp.asarray(intervals, jnp.result_type(float))
+    keys = _sample_keys(key, batch.index)
     for i, name in enumerate(types.MODALITIES):
       m, (low, high) = getattr(batch, name), bounds[i]
       chex.assert_rank(m.valid, 2)
       chex.assert_equal_shape_prefix((m.x, m.valid), 2)
-      keys = jax.vmap(jax.random.split)(_sample_keys(key, i, batch.index))
-      rates = low + (high - low) * jax.vmap(jax.random.uniform)(keys[:, 0])
-      batch = batch._replace(**{name: _see(m, mask_modality(m, keys[:, 1], rates))})
+      # one call for the rate and the mask: the generator dominates the time to compile
+      u = jax.vmap(functools.partial(jax.random.uniform, shape=(1 + draws(m),)))(keys[i])
+      rates = low + (high - low) * u[:, 0]
+      batch = batch._replace(**{name: _see(m, mask_modality(m, u[:, 1:], rates))})
     return batch
 
   return mask
