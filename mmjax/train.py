@@ -4,9 +4,8 @@ A training run is a pytree (`Progress`) and pure functions of it: saving that py
 loading it again continues the run bit for bit, in the middle of an epoch too.
 """
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -135,17 +134,22 @@ def make_step(
   return step
 
 
-def make_steps(step: Callable, batch_size: int, draws: int) -> Callable:
+def make_steps(step: Callable, batch_size: int, draws: int, *, together: bool = False) -> Callable:
   """Runs the steps [start, stop) of an epoch over data on the device, as one program.
 
+  Args:
+    step: from `make_step`.
+    batch_size: B.
+    draws: independent draws of B rows a step.
+    together: whether state, sums and key have a leading axis of runs that train side by side.
+
   Returns:
-    A jitted `(state, sums, data, key, epoch, start, stop) -> (state, sums, last)`: `data` is
-    a whole split as one batch of N rows; `sums` accumulates the metrics; the bounds are
-    traced, so that an epoch can be cut anywhere without compiling again or changing a bit.
-    `last` is `stop`, or the step after the one whose loss or gradient was not finite.
+    A jitted `(state, sums, data, key, epoch, start, stop) -> (state, sums, last, finite)`:
+    `data` is a whole split as one batch of N rows; `sums` accumulates the metrics; the bounds
+    are traced, so that an epoch can be cut anywhere without compiling again or changing a bit.
+    It ends at `last` < `stop` where a loss or gradient was not `finite`.
   """
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
   def steps(state, sums, data, key, epoch, start, stop):
     order_key = jax.random.fold_in(jax.random.fold_in(key, DATA), epoch)
     orders = jax.vmap(lambda k: jax.random.permutation(k, data.index.shape[0]))(
@@ -169,7 +173,9 @@ def make_steps(step: Callable, batch_size: int, draws: int) -> Callable:
     )
     return state, sums, last, finite
 
-  return steps
+  if together:
+    steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
+  return jax.jit(steps, donate_argnums=(0, 1))
 
 
 def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGKey) -> Progress:
@@ -221,18 +227,14 @@ def fit(
     NonFiniteLoss: at the first step whose loss or gradient is not finite.
     KeyError: if `validate` does not return `recipe.select`.
   """
-  phases = recipe.system.phases
-  rows = train.index.shape[0]
+  phases, rows = recipe.system.phases, train.index.shape[0]
   batch_size = min(recipe.batch_size, rows)
   runs = [make_steps(make_step(recipe, phase), batch_size, recipe.draws) for phase in phases]
   train = jax.tree.map(jnp.asarray, train)
-  sign = 1.0 if recipe.larger_is_better else -1.0
   stretch = 1  # steps until the next pause; grows to about `seconds`
 
-  while int(progress.epoch) < recipe.epochs:
+  while not _is_over(recipe, progress):
     epoch = int(progress.epoch)
-    if recipe.patience is not None and epoch - 1 - int(progress.best_epoch) >= recipe.patience:
-      return
     for number in range(int(progress.phase), len(phases)):
       phase, done = phases[number], int(progress.done)
       total = _phase_steps(phase, epoch, rows, batch_size)
@@ -240,14 +242,9 @@ def fit(
         progress = progress._replace(state=_enter(phase, progress.state, epoch))
       while done < total:
         began = time.monotonic()
+        bounds = (np.int32(done), np.int32(min(done + stretch, total)))
         state, sums, last, finite = runs[number](
-          progress.state,
-          progress.sums[phase.name],
-          train,
-          key,
-          np.int32(epoch),
-          np.int32(done),
-          np.int32(min(done + stretch, total)),
+          progress.state, progress.sums[phase.name], train, key, np.int32(epoch), *bounds
         )
         if not finite:
           raise NonFiniteLoss(phase.name, int(state.step) - 1)
@@ -260,22 +257,104 @@ def fit(
           pause(progress)
       progress = progress._replace(phase=np.int32(number + 1), done=np.int32(0))
     valid = validate(progress.state.params, progress.state.extra)
-    means = _means(phases, progress.sums, epoch, rows, batch_size)
-    score = sign * valid[recipe.select]
-    is_best = score > float(progress.best_score)
-    if is_best:  # copies: the next step consumes the state's buffers
-      best = {"params": progress.state.params, "extra": progress.state.extra}
-      progress = progress._replace(
-        best=jax.tree.map(jnp.copy, best),
-        best_score=np.float32(score),
-        best_epoch=np.int32(epoch),
-      )
+    report = _finish_epoch(recipe, progress, valid, rows, batch_size)
+    progress = report.progress
+    yield report
+
+
+def fit_together(
+  recipe: Recipe,
+  train: types.Batch,
+  validates: Sequence[Callable[[types.Params, types.Extra], dict[str, float]]],
+  progresses: Sequence[Progress],
+  keys: Sequence[types.PRNGKey],
+) -> Iterator[list[EpochReport | None]]:
+  """`fit` for several seeds side by side, as one vmapped program: for accelerators.
+
+  Args:
+    recipe: how to train, the same for all.
+    train: the training split.
+    validates: of each run, see `fit`.
+    progresses: of each run, all at the beginning of the same epoch. Consumed.
+    keys: of each run.
+
+  Yields:
+    A report per run and epoch; None for a run that is over (patience).
+
+  Raises:
+    NonFiniteLoss: if one run's loss or gradient is not finite.
+  """
+  phases, rows = recipe.system.phases, train.index.shape[0]
+  batch_size = min(recipe.batch_size, rows)
+  runs = [
+    make_steps(make_step(recipe, phase), batch_size, recipe.draws, together=True)
+    for phase in phases
+  ]
+  train, keys, progresses = jax.tree.map(jnp.asarray, train), jnp.stack(keys), list(progresses)
+
+  while not all(over := [_is_over(recipe, progress) for progress in progresses]):
+    epoch = max(int(progress.epoch) for progress in progresses)
+    for number, phase in enumerate(phases):
+      if total := _phase_steps(phase, epoch, rows, batch_size):
+        states = [_enter(phase, progress.state, epoch) for progress in progresses]
+        sums = [progress.sums[phase.name] for progress in progresses]
+        states, sums, _, finite = runs[number](
+          _stack(states), _stack(sums), train, keys, np.int32(epoch), np.int32(0), np.int32(total)
+        )
+        if not np.all(finite):
+          raise NonFiniteLoss(phase.name, int(np.max(states.step)) - 1)
+        progresses = [
+          progress._replace(state=state, sums={**progress.sums, phase.name: sum_})
+          for progress, state, sum_ in zip(
+            progresses, _unstack(states), _unstack(sums), strict=True
+          )
+        ]
+    reports = []
+    for number, progress in enumerate(progresses):
+      if over[number]:
+        reports.append(None)
+        continue
+      valid = validates[number](progress.state.params, progress.state.extra)
+      reports.append(_finish_epoch(recipe, progress, valid, rows, batch_size))
+      progresses[number] = reports[-1].progress
+    yield reports
+
+
+def _stack(trees):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _unstack(tree):
+  count = jax.tree.leaves(tree)[0].shape[0]
+  return [jax.tree.map(lambda a, n=n: a[n], tree) for n in range(count)]
+
+
+def _is_over(recipe: Recipe, progress: Progress) -> bool:
+  """Whether all epochs are done or the patience is at its end."""
+  epoch, best = int(progress.epoch), int(progress.best_epoch)
+  patience = recipe.epochs if recipe.patience is None else recipe.patience
+  return epoch >= recipe.epochs or epoch - 1 - best >= patience
+
+
+def _finish_epoch(recipe, progress, valid, rows, batch_size) -> EpochReport:
+  """Keeps the best parameters and sets the counters to the next epoch."""
+  epoch = int(progress.epoch)
+  means = _means(recipe.system.phases, progress.sums, epoch, rows, batch_size)
+  score = valid[recipe.select] * (1.0 if recipe.larger_is_better else -1.0)
+  is_best = score > float(progress.best_score)
+  if is_best:  # copies: the next step consumes the state's buffers
+    best = {"params": progress.state.params, "extra": progress.state.extra}
     progress = progress._replace(
-      epoch=np.int32(epoch + 1),
-      phase=np.int32(0),
-      sums=jax.tree.map(jnp.zeros_like, progress.sums),
+      best=jax.tree.map(jnp.copy, best),
+      best_score=np.float32(score),
+      best_epoch=np.int32(epoch),
     )
-    yield EpochReport(epoch, means, valid, is_best, progress)
+  progress = progress._replace(
+    epoch=np.int32(epoch + 1),
+    phase=np.int32(0),
+    sums=jax.tree.map(jnp.zeros_like, progress.sums),
+  )
+  return EpochReport(epoch, means, valid, is_best, progress)
 
 
 def _phase_steps(phase: types.Phase, epoch: int, rows: int, batch_size: int) -> int:

@@ -136,6 +136,16 @@ def test_a_loss_that_is_not_finite_stops_at_its_step():
   assert caught.value.step == 5
 
 
+def test_seeds_side_by_side_equal_seeds_in_turn(finished):
+  plan, keys = recipe(epochs=3), [KEY, jax.random.key(6)]
+  progresses = [train.start(plan, DATA, toy.SPEC, key) for key in keys]
+  alone = [r.valid["mae"] for r in finished[:3]]
+  together = list(train.fit_together(plan, DATA, [validate] * 2, progresses, keys))
+  np.testing.assert_allclose([r[0].valid["mae"] for r in together], alone, rtol=1e-4)
+  assert together[-1][0].valid["mae"] != together[-1][1].valid["mae"]
+  assert together[-1][1].progress.best_epoch == 2
+
+
 def test_patience_stops_early():
   plan = recipe(patience=2, optimizers={"main": optim.make(learning_rate=0.0)}, epochs=50)
   assert len(run(plan)) == 3  # the first is the best, two without a better one

@@ -1,0 +1,47 @@
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_examples_run():
+  space = {}
+  for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    exec(compile(block, "README.md", "exec"), space)
+  assert np.isfinite(float(space["value"]))
+  assert float(np.abs(space["gradient"]["w"]).max()) > 0
+
+
+def test_named_files_and_modules_exist():
+  for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    assert (ROOT / path).exists(), path
+  for path in re.findall(r"--config=(\S+\.py)", README):
+    assert (ROOT / path).exists(), path
+  for module in re.findall(r"python -m (\S+)", README):
+    assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def test_importing_the_library_loads_no_heavy_framework():
+  code = (
+    "import sys, mmjax, mmjax.data, mmjax.train, mmjax.evaluate, mmjax.plots, mmjax.models;"
+    "print([m for m in ('tensorflow', 'torch', 'matplotlib') if m in sys.modules])"
+  )
+  found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+  assert found.stdout.strip() == "[]", found
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  notebook = json.loads((ROOT / "experiments/colabs/m3s.ipynb").read_text(encoding="utf-8"))
+  code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+  code = [cell.replace("SMALL = False", "SMALL = True") for cell in code]
+  space = {}
+  exec(compile("\n".join(code), "m3s.ipynb", "exec"), space)
+  assert len(space["rows"]) == 3 * 4 * 3
+  assert (tmp_path / "robustness.png").stat().st_size > 5000
