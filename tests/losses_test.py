@@ -180,6 +180,15 @@ def test_reconstruction_and_mse_equal_the_published_misa(misa):
   np.testing.assert_allclose(error.mean(), misa["loss/cls"], rtol=1e-5)
 
 
+def test_info_nce_equals_the_published_mmim():
+  mmim = recorded("mmim")
+  for m in "tav":
+    weight, bias = (mmim[f"param/cpc_z{m}.net.{part}"] for part in ("weight", "bias"))
+    predicted = mmim["output/Feature_f"] @ weight.T + bias
+    ours = losses.info_nce(jnp.asarray(mmim[f"output/Feature_{m}"]), jnp.asarray(predicted))
+    np.testing.assert_allclose(ours.mean(), mmim[f"mid/nce_{m}"], rtol=1e-5)
+
+
 def test_gradients_equal_pytorch_on_the_published_formulas():
   torch = pytest.importorskip("torch")
   x, y = (a.astype(np.float32) for a in draw((6, 4), (6, 4)))
