@@ -310,7 +310,7 @@ def _with_rates(
       m, (low, high) = getattr(batch, name), bounds[i]
       chex.assert_rank(m.valid, 2)
       chex.assert_equal_shape_prefix((m.x, m.valid), 2)
-      # one call for the rate and the mask: the generator dominates the time to compile
+      # the first number draws the rate, the others the mask
       u = jax.vmap(functools.partial(jax.random.uniform, shape=(1 + draws(m),)))(keys[i])
       rates = low + (high - low) * u[:, 0]
       batch = batch._replace(**{name: _see(m, mask_modality(m, u[:, 1:], rates))})
