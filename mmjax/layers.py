@@ -1,0 +1,241 @@
+"""Layers with PyTorch's semantics and initialisers, so that published weights fit.
+
+Sequences are [B, L, D] with `valid` [B, L], True on the real steps, which come first.
+Every module is a linen module; dropout is on where a "dropout" key is given to `apply`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax import types
+
+Array = types.Array
+
+
+def uniform(bound: float) -> Callable:
+  """U(-bound, bound)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Dense(nn.Module):
+  """nn.Linear: kernel [in, out] and bias from U(±1/√in). `use_bias` as in linen."""
+
+  features: int
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    bound = 1 / math.sqrt(x.shape[-1])
+    kernel = self.param("kernel", uniform(bound), (x.shape[-1], self.features))
+    y = x @ kernel
+    if self.use_bias:
+      y = y + self.param("bias", uniform(bound), (self.features,))
+    return y
+
+
+# nn.LayerNorm over the last axis, biased variance.
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+class Dropout(nn.Module):
+  """Drops entries where `apply` got a "dropout" key, and is the identity elsewhere."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+
+
+class LSTM(nn.Module):
+  """One direction of nn.LSTM: gates i, f, g, o and two biases.
+
+  Two biases, since inner SGD moves both: one fused bias would move half as far and the
+  meta-gradient would differ. Padding never changes the state, which equals PyTorch's packed
+  sequences; backwards, the state stays zero until the last valid step.
+
+  Attributes:
+    features: H.
+    reverse: scan from the last step to the first.
+  """
+
+  features: int
+  reverse: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, Array]:
+    """Runs over a sequence.
+
+    Args:
+      x: [B, L, D].
+      valid: [B, L] bool; None runs through every step (an unpacked LSTM).
+
+    Returns:
+      Outputs [B, L, H], zero on padding, and the final state h [B, H].
+    """
+    chex.assert_rank(x, 3)
+    hidden, init = self.features, uniform(1 / math.sqrt(self.features))
+    w_ih = self.param("w_ih", init, (x.shape[-1], 4 * hidden))
+    w_hh = self.param("w_hh", init, (hidden, 4 * hidden))
+    bias = self.param("b_ih", init, (4 * hidden,)) + self.param("b_hh", init, (4 * hidden,))
+    projected = x @ w_ih + bias  # for all steps at once: only h @ w_hh has to wait its turn
+    if valid is None:
+      valid = jnp.ones(x.shape[:2], bool)
+    chex.assert_shape(valid, x.shape[:2])
+
+    def step(carry, inputs):
+      h, c = carry
+      projected, valid = inputs
+      i, f, g, o = jnp.split(projected + h @ w_hh, 4, axis=-1)
+      c_next = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+      h_next = jax.nn.sigmoid(o) * jnp.tanh(c_next)
+      valid = valid[:, None]
+      h_kept, c_kept = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
+      return (h_kept, c_kept), jnp.where(valid, h_next, 0)
+
+    zero = jnp.zeros((x.shape[0], hidden), projected.dtype)
+    inputs = (projected.swapaxes(0, 1), valid.T)
+    (final, _), outputs = jax.lax.scan(step, (zero, zero), inputs, reverse=self.reverse)
+    return outputs.swapaxes(0, 1), final
+
+
+class BiLSTM(nn.Module):
+  """Bidirectional nn.LSTM of one layer; `features` is H per direction."""
+
+  features: int
+
+  @nn.compact
+  def __call__(
+    self, x: Array, valid: Array | None = None
+  ) -> tuple[Array, tuple[Array, Array]]:
+    """[B, L, D] -> outputs [B, L, 2H] and the final states (forward, backward), [B, H] each."""
+    forward, final_forward = LSTM(self.features, name="forward")(x, valid)
+    backward, final_backward = LSTM(self.features, reverse=True, name="backward")(x, valid)
+    return jnp.concatenate([forward, backward], -1), (final_forward, final_backward)
+
+
+class MultiHeadAttention(nn.Module):
+  """nn.MultiheadAttention with its fused input projection (kernel [D, 3D]: q, k, v).
+
+  Attributes:
+    heads: number of heads; they split D.
+    dropout: of the attention weights.
+  """
+
+  heads: int
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    query: Array,
+    key: Array | None = None,
+    value: Array | None = None,
+    *,
+    valid: Array | None = None,
+    mask: Array | None = None,
+  ) -> Array:
+    """Attends.
+
+    Args:
+      query: [B, L, D].
+      key: [B, M, D], `query` by default.
+      value: [B, M, D], `key` by default.
+      valid: [B, M] bool, False on keys that nobody attends to.
+      mask: [L, M] bool, False where a query may not attend to a key.
+
+    Returns:
+      [B, L, D].
+    """
+    key = query if key is None else key
+    value = key if value is None else value
+    width = query.shape[-1]
+    kernel = self.param("in_kernel", nn.initializers.xavier_uniform(), (width, 3 * width))
+    bias = self.param("in_bias", nn.initializers.zeros, (3 * width,))
+    kernels, biases = jnp.split(kernel, 3, -1), jnp.split(bias, 3)
+
+    def heads(x, n):
+      x = x @ kernels[n] + biases[n]
+      return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+    allowed = jnp.ones((1, 1, 1, 1), bool)
+    if valid is not None:
+      allowed = allowed & valid[:, None, None, :]
+    if mask is not None:
+      allowed = allowed & mask
+    # not -inf: a row that may attend to nothing, as a row of padding, must not become NaN
+    logit_bias = jnp.where(allowed, 0.0, jnp.finfo(query.dtype).min)
+    q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
+    logits = jnp.einsum("bnlc,bnmc->bnlm", q, k) / math.sqrt(q.shape[-1]) + logit_bias
+    weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
+    y = jnp.einsum("bnlm,bnmc->bnlc", weights, v)
+    y = y.swapaxes(1, 2).reshape(*query.shape)
+    out_kernel = self.param("out_kernel", uniform(1 / math.sqrt(width)), (width, width))
+    return y @ out_kernel + self.param("out_bias", nn.initializers.zeros, (width,))
+
+
+class TransformerEncoderLayer(nn.Module):
+  """nn.TransformerEncoderLayer: post-norm, ReLU.
+
+  Attributes:
+    heads: number of attention heads.
+    feedforward: width of the hidden layer.
+    dropout: of the attention weights, the hidden layer and both residual branches.
+  """
+
+  heads: int
+  feedforward: int = 2048
+  dropout: float = 0.1
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array | None = None) -> Array:
+    """[B, L, D] -> [B, L, D]; `valid` [B, L] marks the steps that are attended to."""
+    y = MultiHeadAttention(self.heads, self.dropout, name="attention")(x, valid=valid)
+    x = LayerNorm(name="norm1")(x + Dropout(self.dropout)(y))
+    y = Dropout(self.dropout)(jax.nn.relu(Dense(self.feedforward, name="linear1")(x)))
+    y = Dropout(self.dropout)(Dense(x.shape[-1], name="linear2")(y))
+    return LayerNorm(name="norm2")(x + y)
+
+
+@jax.custom_vjp
+def reverse_gradient(x: Array, scale: float = 1.0) -> Array:
+  """The identity whose gradient is multiplied by -scale (Ganin & Lempitsky 2015).
+
+  A custom rule, since `stop_gradient(2x) - x` has a wrong second-order gradient.
+
+  Args:
+    x: [...].
+    scale: of the reversed gradient; it gets no gradient itself.
+
+  Returns:
+    x.
+  """
+  del scale
+  return x
+
+
+def _reverse_forward(x, scale):
+  return x, scale
+
+
+def _reverse_backward(scale, cotangent):
+  return -scale * cotangent, jnp.zeros_like(scale)
+
+
+reverse_gradient.defvjp(_reverse_forward, _reverse_backward)
+
+
+def mean_over_steps(x: Array, valid: Array) -> Array:
+  """[B, L, D] -> [B, D]: the sum of the valid steps over their number (0 if there is none)."""
+  weight = valid.astype(x.dtype)[..., None]
+  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)

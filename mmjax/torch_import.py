@@ -1,0 +1,123 @@
+"""PyTorch state_dict arrays -> parameters.
+
+A system's rules map every published name to a parameter path; the arrays are transposed by
+what they become: PyTorch's Linear keeps [out, in] and Conv1d [out, in, k] where linen keeps
+[in, out] and [k, in, out].
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import types
+
+Rules = Sequence[tuple[str, str | None]]
+
+# Endings of PyTorch's LSTM parameters -> ours.
+_LSTM = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "bias_hh_l0": "b_hh"}
+_TRANSPOSED = ("w_ih", "w_hh")
+
+
+class StateDictError(ValueError):
+  """A state_dict does not fit a model; the message lists every name."""
+
+
+def lstm_rules(prefix: str, path: str, *, bidirectional: bool) -> Rules:
+  """Rules for an nn.LSTM of one layer at the regex `prefix`: a `BiLSTM` or `LSTM` at `path`."""
+  rules = []
+  for name, leaf in _LSTM.items():
+    if bidirectional:
+      rules += [
+        (rf"{prefix}\.{name}", f"{path}/forward/{leaf}"),
+        (rf"{prefix}\.{name}_reverse", f"{path}/backward/{leaf}"),
+      ]
+    else:
+      rules.append((rf"{prefix}\.{name}", f"{path}/{leaf}"))
+  return tuple(rules)
+
+
+def encoder_layer_rules(prefix: str, path: str) -> Rules:
+  """Rules for an nn.TransformerEncoderLayer at the regex `prefix`, as `path`."""
+  return (
+    (prefix + r"\.self_attn\.in_proj_weight", f"{path}/attention/in_kernel"),
+    (prefix + r"\.self_attn\.in_proj_bias", f"{path}/attention/in_bias"),
+    (prefix + r"\.self_attn\.out_proj\.weight", f"{path}/attention/out_kernel"),
+    (prefix + r"\.self_attn\.out_proj\.bias", f"{path}/attention/out_bias"),
+    (prefix + r"\.(linear1|linear2|norm1|norm2)\.(weight|bias)", rf"{path}/\1/\2"),
+  )
+
+
+def _targets(path: str) -> list[str]:
+  """The linen names that a PyTorch "…/weight" may have; other names are exact."""
+  parent, _, leaf = path.rpartition("/")
+  if leaf != "weight":
+    return [path]
+  return [f"{parent}/{name}".lstrip("/") for name in ("kernel", "scale", "embedding")]
+
+
+def _convert(value: np.ndarray, path: str) -> np.ndarray:
+  """PyTorch's layout -> ours, by the name and rank of what the array becomes."""
+  leaf = path.rpartition("/")[2]
+  if (leaf.endswith("kernel") and value.ndim == 2) or leaf in _TRANSPOSED:
+    return value.T
+  if leaf.endswith("kernel") and value.ndim == 3:
+    return value.transpose(2, 1, 0)
+  return value
+
+
+def from_torch(
+  template: types.Params, state: Mapping[str, np.ndarray], rules: Rules
+) -> types.Params:
+  """Puts the arrays of a state_dict where they belong.
+
+  Args:
+    template: parameters (or their shapes) of the model.
+    state: names -> arrays; a leading "Model." (MMSA's wrapper) is ignored. Gradients of a
+      PyTorch model are mapped in the same way.
+    rules: ((regex over a whole name, path or None), …), the first that matches decides. A
+      path may refer to groups (`\\\\1`); its ending "weight" stands for linen's "kernel",
+      "scale" or "embedding". None ignores a name.
+
+  Returns:
+    Parameters of the template's structure.
+
+  Raises:
+    StateDictError: lists the names that are unknown, missing or misshapen.
+  """
+  flat = flax.traverse_util.flatten_dict(template, sep="/")
+  found, unknown, misshapen = {}, [], {}
+  for name, value in state.items():
+    name = name.removeprefix("Model.")
+    matches = ((re.fullmatch(pattern, name), target) for pattern, target in rules)
+    match, target = next((hit for hit in matches if hit[0]), (None, ""))
+    if target is None:
+      continue
+    path = match.expand(target) if match else ""
+    paths = [path for path in _targets(path) if path in flat]
+    if not paths:
+      unknown.append(f"{name} (no parameter {path})" if match else name)
+      continue
+    (path,) = paths
+    array = _convert(np.asarray(value), path)
+    if path in found:
+      unknown.append(f"{name} (a second value for {path})")
+    elif array.shape != flat[path].shape:
+      misshapen[path] = f"{name}: {np.shape(value)}, must become {flat[path].shape} at {path}"
+    else:
+      found[path] = jnp.asarray(array, flat[path].dtype)
+  missing = sorted(flat.keys() - found.keys() - misshapen.keys())
+  problems = [
+    f"{title}:\n" + "\n".join(f"  {name}" for name in names)
+    for title, names in (
+      ("names that the model does not know", unknown),
+      ("parameters without a value", missing),
+      ("misshapen", misshapen.values()),
+    )
+    if names
+  ]
+  if problems:
+    raise StateDictError("the state_dict does not fit the model.\n" + "\n".join(problems))
+  return flax.traverse_util.unflatten_dict(found, sep="/")
