@@ -6,7 +6,7 @@ what they become: PyTorch's Linear keeps [out, in] and Conv1d [out, in, k] where
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.traverse_util
 import jax.numpy as jnp
@@ -68,6 +68,19 @@ def _convert(value: np.ndarray, path: str) -> np.ndarray:
   return value
 
 
+def _target(name: str, rules: Rules) -> str | None:
+  """The path that the first matching rule gives a name: "" without a rule, None if ignored."""
+  for pattern, target in rules:
+    if match := re.fullmatch(pattern, name.removeprefix("Model.")):
+      return None if target is None else match.expand(target)
+  return ""
+
+
+def ignored(names: Iterable[str], rules: Rules) -> list[str]:
+  """The names that the rules leave out on purpose: no parameter of ours stands for them."""
+  return [name for name in names if _target(name, rules) is None]
+
+
 def from_torch(
   template: types.Params, state: Mapping[str, np.ndarray], rules: Rules
 ) -> types.Params:
@@ -90,17 +103,13 @@ def from_torch(
   flat = flax.traverse_util.flatten_dict(template, sep="/")
   found, unknown, misshapen = {}, [], {}
   for name, value in state.items():
-    name = name.removeprefix("Model.")
-    matches = ((re.fullmatch(pattern, name), target) for pattern, target in rules)
-    match, target = next((hit for hit in matches if hit[0]), (None, ""))
+    target = _target(name, rules)
     if target is None:
       continue
-    path = match.expand(target) if match else ""
-    paths = [path for path in _targets(path) if path in flat]
-    if not paths:
-      unknown.append(f"{name} (no parameter {path})" if match else name)
+    path = next((path for path in _targets(target) if path in flat), None)
+    if path is None:
+      unknown.append(f"{name} (no parameter {target})" if target else name)
       continue
-    (path,) = paths
     array = _convert(np.asarray(value), path)
     if path in found:
       unknown.append(f"{name} (a second value for {path})")

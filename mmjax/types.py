@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 PRNGKey = jax.Array
@@ -79,6 +80,28 @@ class Spec(NamedTuple):
   num_train: int
   num_classes: int = 0
   label_range: tuple[float, float] = (-3.0, 3.0)
+
+
+def example_batch(spec: Spec, rows: int = 2) -> Batch:
+  """A batch of zeros with the shapes of a spec: enough to initialise parameters.
+
+  Args:
+    spec: the shapes.
+    rows: B.
+
+  Returns:
+    The batch, everything valid and seen.
+  """
+
+  def modality(m):
+    shape = (rows, m.length)
+    x = jnp.zeros(shape, jnp.int32) if m.tokens else jnp.zeros((*shape, m.dim))
+    seen = jnp.ones(shape if m.tokens else (*shape, 1), bool)
+    return Modality(x, jnp.ones(shape, bool), seen, jnp.zeros(rows, x.dtype))
+
+  label = jnp.zeros(rows, jnp.int32 if spec.num_classes else jnp.float32)
+  modalities = (modality(getattr(spec, name)) for name in MODALITIES)
+  return Batch(*modalities, label, jnp.arange(rows), jnp.ones(rows), {})
 
 
 class Aux(NamedTuple):

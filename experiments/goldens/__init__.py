@@ -1,0 +1,128 @@
+"""How recorded parity files are compared, one module per file name, and what they share.
+
+A module has `compare(z)`, which yields (group, name, ours, recorded) for a mapping of arrays.
+Groups whose name starts with "grad" are compared with the tolerance for gradients.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import torch_import, types
+
+Arrays = Mapping[str, np.ndarray]
+Row = tuple[str, str, np.ndarray, np.ndarray]
+
+
+def config(z: Arrays) -> dict[str, Any]:
+  """The hyperparameters that the recorded model was built with."""
+  return json.loads(str(z["config"]))
+
+
+def under(z: Arrays, prefix: str) -> dict[str, np.ndarray]:
+  """The arrays whose key starts with `prefix`, by the rest of the key."""
+  return {key.removeprefix(prefix): z[key] for key in z if key.startswith(prefix)}
+
+
+def modality(x: np.ndarray, valid: np.ndarray | None = None) -> types.Modality:
+  """Recorded features [B, L, D] or ids [B, L], all of them seen."""
+  shape = x.shape[:2]
+  tokens = x.ndim == 2
+  x = jnp.asarray(x, jnp.int32 if tokens else jnp.float32)
+  valid = jnp.ones(shape, bool) if valid is None else jnp.asarray(valid, bool)
+  seen = jnp.ones(shape if tokens else (*shape, 1), bool)
+  return types.Modality(x, valid, seen, jnp.full(shape[0], 100 if tokens else 0, x.dtype))
+
+
+def prefix_mask(lengths: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+  """[B, L] True on the first `lengths` steps of x [B, L, D]; on all without lengths."""
+  steps = np.arange(x.shape[1])
+  return np.ones(x.shape[:2], bool) if lengths is None else steps < lengths.reshape(-1, 1)
+
+
+def batch(z: Arrays, prefix: str = "input/") -> types.Batch:
+  """The batch in a model file: text_bert, audio, vision, labels, and lengths where given."""
+  given = under(z, prefix)
+  ids, mask, segments = given["text_bert"].transpose(1, 0, 2)
+  rows = len(ids)
+  features = {
+    name: modality(given[name], prefix_mask(given.get(f"{name}_lengths"), given[name]))
+    for name in ("audio", "vision")
+  }
+  return types.Batch(
+    text=modality(ids, mask),
+    **features,
+    label=jnp.asarray(given["labels"]).reshape(-1),
+    index=jnp.asarray(given.get("indexes", np.arange(rows)), jnp.int32),
+    weight=jnp.ones(rows),
+    info={"segment_ids": jnp.asarray(segments, jnp.int32)} if segments.any() else {},
+  )
+
+
+def spec(example: types.Batch, num_train: int | None = None, **kwargs) -> types.Spec:
+  """The spec of a batch."""
+
+  def one(m):
+    return types.ModalitySpec(m.x.shape[1], 0 if m.x.ndim == 2 else m.x.shape[2], m.x.ndim == 2)
+
+  modalities = (one(getattr(example, name)) for name in types.MODALITIES)
+  return types.Spec(*modalities, num_train or len(example.index), **kwargs)
+
+
+def params(
+  system: types.System, the_spec: types.Spec, z: Arrays, prefix: str = "param/"
+) -> types.Params:
+  """The recorded weights as parameters of a system."""
+  template = jax.eval_shape(lambda: system.init(jax.random.key(0), the_spec)[0])
+  return torch_import.from_torch(template, under(z, prefix), system.torch_rules)
+
+
+def compare_outputs(z: Arrays, names: Mapping[str, Any]) -> Iterator[Row]:
+  """Rows of recorded tensors under their full key ("output/M"); the key's head is the group."""
+  for key, ours in names.items():
+    if key in z:
+      yield key.split("/")[0], key.partition("/")[2], np.reshape(ours, np.shape(z[key])), z[key]
+
+
+def compare_loss(
+  z: Arrays,
+  system: types.System,
+  loss: types.LossFn,
+  weights: types.Params,
+  example: types.Batch,
+  extra: types.Extra,
+  *,
+  parts: Callable[[str], str] = lambda name: name,
+  total: str = "loss/total",
+  gradients: str = "grad/",
+) -> Iterator[Row]:
+  """Rows of a loss, its parts as far as they are recorded, and every gradient.
+
+  Args:
+    z: the file.
+    system: for its torch_rules.
+    loss: the loss; run without randomness.
+    weights, example, extra: its arguments.
+    parts: name of a metric -> its recorded name below "loss/".
+    total: key of the recorded total.
+    gradients: prefix of the recorded gradients.
+  """
+  gradient = jax.jit(
+    jax.value_and_grad(lambda p: loss(p, example, None, extra), has_aux=True)
+  )
+  (value, aux), grads = gradient(weights)
+  yield "loss", total.removeprefix("loss/"), value, z[total]
+  for name, part in aux.metrics.items():
+    if f"loss/{parts(name)}" in z:
+      yield "loss", parts(name), part, z[f"loss/{parts(name)}"]
+  recorded = torch_import.from_torch(weights, under(z, gradients), system.torch_rules)
+  flat = zip(
+    jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(recorded), strict=True
+  )
+  for (path, ours), theirs in flat:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    yield gradients.rstrip("/"), name, ours, theirs

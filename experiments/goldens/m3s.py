@@ -7,6 +7,7 @@ map; `feat` masks the encoded vectors, `time` the inputs. Its weights keep PyTor
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,19 @@ def compare(z: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarray,
   cases = sorted(
     {tuple(k.split("/")[:3]) for k in z if re.match(r"f(32|64)/\w+/(K\d|theta0)", k)}
   )
-  for precision, mode, case in cases:
-    dtype = np.dtype(f"float{precision[1:]}")
+
+  def check(case):
+    precision, mode, name = case
     with jax.enable_x64(precision == "f64"):
-      check = _theta0 if case == "theta0" else _meta_step
-      for name, ours in check(z, mode, case, dtype):
-        yield f"{precision}/{mode}/{case}", name, ours, z[f"{precision}/{mode}/{case}/{name}"]
+      found = (_theta0 if name == "theta0" else _meta_step)(
+        z, mode, name, np.dtype(f"float{precision[1:]}")
+      )
+      return [(key, np.asarray(ours)) for key, ours in found]
+
+  with futures.ThreadPoolExecutor() as pool:  # most of the time is spent on compiling
+    for case, found in zip(cases, pool.map(check, cases), strict=True):
+      group = "/".join(case)
+      yield from ((group, key, ours, z[f"{group}/{key}"]) for key, ours in found)
 
 
 def _params(z, dtype):
@@ -161,28 +169,40 @@ def _meta_step(z, mode, case, dtype):
     return 1 + jnp.argmax(jnp.all(data(keys.support_mask) == data(mask_key), -1))
 
   mask = _given_mask(mode, which_of)
-  support, _ = meta.split_support_query(batch)
-  adapted, inner_losses = meta.adapt(
-    loss, mask, params, support, keys, {}, optimizer=inner, fresh_masks=fresh
-  )
-  yield "theta_K", _flat(z, adapted)
-  yield "inner_losses", inner_losses
-  for order, short in (("first", "fo"), ("second", "so")):
-    meta_loss = meta.m3s(
+  meta_losses = {
+    order: meta.m3s(
       loss, mask, inner_steps=steps, inner_optimizer=inner, order=order, fresh_masks=fresh
     )
-    gradient = jax.jit(jax.value_and_grad(meta_loss, has_aux=True))
-    (value, _), grads = gradient(params, batch, key, {})
-    if order == "first":
-      yield "outer_loss", value
-    yield f"{short}_grad", _flat(z, grads)
-    sgd = jax.tree.map(lambda p, g: p - config["beta"] * g, params, grads)
-    yield f"after_sgd_{short}", _flat(z, sgd)
-    adam = optax.adam(ADAM_RATE)
+    for order in meta.ORDERS
+  }
+
+  @jax.jit
+  def everything(params):  # one program: compiling is what takes the time
+    support, _ = meta.split_support_query(batch)
+    adapted = meta.adapt(
+      loss, mask, params, support, keys, {}, optimizer=inner, fresh_masks=fresh
+    )
+    grads = {
+      order: jax.value_and_grad(meta_loss, has_aux=True)(params, batch, key, {})
+      for order, meta_loss in meta_losses.items()
+    }
+    return adapted, grads
+
+  (adapted, inner_losses), grads = everything(params)
+  yield "theta_K", _flat(z, adapted)
+  yield "inner_losses", inner_losses
+  yield "outer_loss", grads["first"][0][0]
+  adam = optax.adam(ADAM_RATE)
+  adam_update = jax.jit(adam.update)
+  for order, short in (("first", "fo"), ("second", "so")):
+    gradient = grads[order][1]
+    yield f"{short}_grad", _flat(z, gradient)
+    yield f"after_sgd_{short}", _flat(z, params) - config["beta"] * _flat(z, gradient)
     state, theta = adam.init(params), params
     recorded = f"f{dtype.itemsize * 8}/{mode}/{case}/after3_adam_{short}"
     for count in range(3 if recorded in z else 1):
-      updates, state = adam.update(gradient(theta, batch, key, {})[1], state)
-      theta = optax.apply_updates(theta, updates)
+      gradient = everything(theta)[1][order][1] if count else gradient
+      updates, state = adam_update(gradient, state)
+      theta = jax.tree.map(jnp.add, theta, updates)
       if count in (0, 2):
         yield f"after{'3' if count else ''}_adam_{short}", _flat(z, theta)

@@ -1,0 +1,36 @@
+"""Compares MISA with a recorded MMSA run."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from experiments import goldens
+from mmjax.models import misa
+
+# Intermediates by the names that they were recorded under.
+MIDDLE = {f"mid/project_{m}": f"utt_{m}_orig" for m in "tva"}
+
+
+def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
+  """Yields outputs, loss parts and gradients."""
+  config = goldens.config(z)
+  classes = config["num_classes"] if config["train_mode"] == "classification" else 0
+  system = misa.make(
+    num_classes=classes,
+    hidden_size=config["hidden_size"],
+    diff_weight=config["diff_weight"],
+    sim_weight=config["sim_weight"],
+    recon_weight=config["recon_weight"],
+    bert=config["bert_config"],
+  )
+  batch = goldens.batch(z)
+  params = goldens.params(system, goldens.spec(batch, num_classes=classes), z)
+  out = jax.jit(system.predict)(params, batch, {})
+  named = {f"output/{name}": value for name, value in out.items()}
+  named["output/M"] = out["prediction"]
+  named |= {key: out[name] for key, name in MIDDLE.items()}
+  named["mid/fusion_transformer"] = np.swapaxes(out["fusion"], 0, 1)
+  named["mid/bert"] = out["text_states"]
+  yield from goldens.compare_outputs(z, named)
+  yield from goldens.compare_loss(z, system, system.phases[0].loss, params, batch, {})

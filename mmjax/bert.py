@@ -1,0 +1,260 @@
+"""A BERT encoder in linen, with weights from a local Hugging Face folder.
+
+Semantics are those of Hugging Face's BertModel (Devlin et al. 2018): post-norm blocks, exact
+GELU, no pooler. [PAD]'s embedding gets no gradient, as PyTorch's `padding_idx` has it.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax import layers, masking, torch_import, types
+
+Array = types.Array
+PAD = 0
+
+
+class BertConfig(NamedTuple):
+  """The entries of a Hugging Face `config.json` that matter here; defaults are BERT-base's."""
+
+  vocab_size: int = 30522
+  hidden_size: int = 768
+  num_hidden_layers: int = 12
+  num_attention_heads: int = 12
+  intermediate_size: int = 3072
+  max_position_embeddings: int = 512
+  type_vocab_size: int = 2
+  layer_norm_eps: float = 1e-12
+  hidden_dropout_prob: float = 0.1
+  attention_probs_dropout_prob: float = 0.1
+  initializer_range: float = 0.02
+
+
+class BertFolderError(ValueError):
+  """A folder does not hold a BERT that can be read."""
+
+
+# What a config may say of choices that are not ours to make; each is also Hugging Face's default.
+_SUPPORTED = {
+  "model_type": "bert",
+  "hidden_act": "gelu",
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+}
+
+
+def make_config(settings: Mapping[str, Any]) -> BertConfig:
+  """A config from a Hugging Face dictionary; entries without influence here are ignored.
+
+  Raises:
+    ValueError: if it describes another kind of model.
+  """
+  for key, expected in _SUPPORTED.items():
+    if settings.get(key, expected) != expected:
+      raise ValueError(f"BERT config: {key} is {settings[key]!r}, only {expected!r} is supported.")
+  config = BertConfig(**{k: settings[k] for k in BertConfig._fields if k in settings})
+  if config.hidden_size % config.num_attention_heads:
+    raise ValueError(
+      f"BERT config: hidden_size {config.hidden_size} is not divisible by"
+      f" num_attention_heads {config.num_attention_heads}."
+    )
+  return config
+
+
+class _Block(nn.Module):
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: Array, bias: Array) -> Array:
+    config, width = self.config, self.config.hidden_size
+    init = nn.initializers.normal(config.initializer_range)
+    norm = lambda name: layers.LayerNorm(epsilon=config.layer_norm_eps, name=name)  # noqa: E731
+
+    def heads(name):
+      y = nn.Dense(width, kernel_init=init, name=name)(x)
+      return y.reshape(*y.shape[:2], config.num_attention_heads, -1).swapaxes(1, 2)
+
+    q, k, v = heads("query"), heads("key"), heads("value")
+    logits = jnp.einsum("bnlc,bnmc->bnlm", q, k) / math.sqrt(q.shape[-1]) + bias
+    weights = layers.Dropout(config.attention_probs_dropout_prob)(jax.nn.softmax(logits, -1))
+    y = jnp.einsum("bnlm,bnmc->bnlc", weights, v).swapaxes(1, 2).reshape(x.shape)
+    y = nn.Dense(width, kernel_init=init, name="attention_output")(y)
+    x = norm("attention_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
+    y = nn.Dense(config.intermediate_size, kernel_init=init, name="intermediate")(x)
+    y = nn.Dense(width, kernel_init=init, name="output")(jax.nn.gelu(y, approximate=False))
+    return norm("output_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
+
+
+class Bert(nn.Module):
+  """The encoder; dropout is on where `apply` gets a "dropout" key."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, ids: Array, mask: Array, segments: Array | None = None) -> Array:
+    """Encodes.
+
+    Args:
+      ids: [B, L] token ids.
+      mask: [B, L] bool, the attention mask.
+      segments: [B, L] token types, 0 by default.
+
+    Returns:
+      [B, L, hidden_size] last hidden states.
+    """
+    config = self.config
+    chex.assert_rank([ids, mask], 2)
+    chex.assert_equal_shape([ids, mask])
+    if ids.shape[1] > config.max_position_embeddings:
+      raise ValueError(
+        f"BERT has {config.max_position_embeddings} positions, but the text has {ids.shape[1]}"
+        " tokens: shorten the sequences."
+      )
+    init = nn.initializers.normal(config.initializer_range)
+
+    def table(name, rows):
+      return self.param(name, init, (rows, config.hidden_size))
+
+    words = table("word_embeddings", config.vocab_size)[ids]
+    words = jnp.where((ids == PAD)[..., None], jax.lax.stop_gradient(words), words)
+    positions = table("position_embeddings", config.max_position_embeddings)[: ids.shape[1]]
+    types_table = table("token_type_embeddings", config.type_vocab_size)
+    kinds = types_table[0] if segments is None else types_table[segments]
+    x = layers.LayerNorm(epsilon=config.layer_norm_eps, name="embeddings_norm")(
+      words + positions + kinds
+    )
+    x = layers.Dropout(config.hidden_dropout_prob)(x)
+    bias = jnp.where(mask.astype(bool), 0.0, jnp.finfo(x.dtype).min)[:, None, None, :]
+    for n in range(config.num_hidden_layers):
+      x = _Block(config, name=f"layer_{n}")(x, bias)
+    return x
+
+
+def text_states(config: BertConfig, batch: types.Batch) -> Array:
+  """[B, L, D] states of the observed text, inside of a module: BERT's, or the features given.
+
+  Token ids [B, L] pass through a `Bert` named "bert" (segments from `info["segment_ids"]`);
+  precomputed features [B, L, D] are returned as they are observed.
+  """
+  x = masking.observed(batch.text)
+  if x.ndim == 3:
+    return x
+  return Bert(config, name="bert")(x, batch.text.valid, batch.info.get("segment_ids"))
+
+
+# Names of a Hugging Face BertModel -> paths below the encoder.
+_LAYER = r"encoder\.layer\.(\d+)\."
+TORCH_RULES = (
+  (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"\1_embeddings"),
+  (r"embeddings\.LayerNorm\.(weight|bias)", r"embeddings_norm/\1"),
+  (_LAYER + r"attention\.self\.(query|key|value)\.(weight|bias)", r"layer_\1/\2/\3"),
+  (_LAYER + r"attention\.output\.dense\.(weight|bias)", r"layer_\1/attention_output/\2"),
+  (_LAYER + r"attention\.output\.LayerNorm\.(weight|bias)", r"layer_\1/attention_norm/\2"),
+  (_LAYER + r"intermediate\.dense\.(weight|bias)", r"layer_\1/intermediate/\2"),
+  (_LAYER + r"output\.dense\.(weight|bias)", r"layer_\1/output/\2"),
+  (_LAYER + r"output\.LayerNorm\.(weight|bias)", r"layer_\1/output_norm/\2"),
+  (r"(embeddings\.position_ids|pooler\..*|cls\..*)", None),
+)
+
+
+def torch_rules(prefix: str, path: str) -> tuple[tuple[str, str | None], ...]:
+  """`TORCH_RULES` for a BERT that sits at `prefix` in a state_dict and at `path` in params."""
+  return tuple(
+    (prefix + pattern, None if target is None else f"{path}/{target}")
+    for pattern, target in TORCH_RULES
+  )
+
+
+class Setup(NamedTuple):
+  """A model's BERT before its parameters exist: the config, and where weights lie (or None)."""
+
+  config: BertConfig
+  folder: pathlib.Path | None
+
+  def with_weights(self, params: types.Params) -> types.Params:
+    """`params` with the pretrained weights at "bert", if the model has one and a folder."""
+    if self.folder is None or "bert" not in params:
+      return params
+    return {**params, "bert": load(self.folder)[1]}
+
+
+def setup(settings: Mapping[str, Any] | None) -> Setup:
+  """Reads a model's `bert` argument.
+
+  Args:
+    settings: {"folder": a local Hugging Face folder} for pretrained weights, or entries of a
+      Hugging Face config for random ones; None is BERT-base with random weights.
+
+  Returns:
+    The setup.
+
+  Raises:
+    BertFolderError: if the folder's config cannot be used.
+  """
+  settings = dict(settings or {})
+  if folder := settings.pop("folder", None):
+    folder = pathlib.Path(folder)
+    return Setup(make_config({**_read_config(folder), **settings}), folder)
+  return Setup(make_config(settings), None)
+
+
+def _read_config(folder: pathlib.Path) -> Mapping[str, Any]:
+  path = folder / "config.json"
+  try:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    make_config(settings)
+  except (OSError, ValueError, TypeError, AttributeError) as error:
+    raise BertFolderError(
+      f"{path}: cannot be used ({error}). Expected the folder of a Hugging Face BERT."
+    ) from None
+  return settings
+
+
+def _modern(name: str) -> str:
+  """A name in a file -> in BertModel: heads' files have a prefix, and old ones gamma and beta."""
+  name = name.removeprefix("bert.")
+  name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+  return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+
+
+def load(folder: str | pathlib.Path) -> tuple[BertConfig, types.Params]:
+  """Reads a local Hugging Face folder: `config.json` and `model.safetensors`.
+
+  Args:
+    folder: the folder, as `save_pretrained` writes it. No network, no torch.
+
+  Returns:
+    The config, and the parameters for `Bert(config).apply({"params": params}, …)`.
+
+  Raises:
+    BertFolderError: if a file is missing or unreadable, if it is not a BERT, or if weights
+      are missing or misshapen.
+  """
+  import safetensors
+  import safetensors.numpy
+
+  folder = pathlib.Path(folder)
+  config = make_config(_read_config(folder))
+  weights = folder / "model.safetensors"
+  try:
+    state = safetensors.numpy.load_file(weights)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise BertFolderError(
+      f"{weights}: cannot be read ({error}). A pytorch_model.bin is not read: convert it with"
+      " `save_pretrained(..., safe_serialization=True)`."
+    ) from None
+  state = {_modern(name): value for name, value in state.items()}
+  ids = jnp.zeros((1, 1), jnp.int32)
+  template = jax.eval_shape(Bert(config).init, jax.random.key(0), ids, ids)["params"]
+  try:
+    return config, torch_import.from_torch(template, state, TORCH_RULES)
+  except torch_import.StateDictError as error:
+    raise BertFolderError(f"{weights}: {error}") from None
