@@ -23,7 +23,7 @@ def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
   names = [c for c in frame.columns if c not in (*by, *SEEDS) and frame[c].dtype.kind in "fiu"]
   groups = frame.groupby(list(by), sort=False)[names]
   mean, std = groups.mean(), groups.std(ddof=1).fillna(0.0)
-  table = mean.join(std, rsuffix="_std")
+  table = mean.join(std.add_suffix("_std"))
   columns = [column for name in names for column in (name, f"{name}_std")]
   table = table[columns]
   table.insert(0, "n", groups.size())
