@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import tabulate
 from absl import app, flags
@@ -45,11 +46,11 @@ def names() -> list[str]:
 
 
 def find(path: pathlib.Path):
-  """The module that compares a file: the longest name that the file's name starts with."""
-  stem = path.stem.lower()
+  """The module that compares a file: the longest known name that starts the file's name."""
+  stem = path.stem.lower().replace("-", "_")
   known = [name for name in names() if stem.startswith(name)]
   if not known:
-    raise ValueError(f"{path}: its name starts with none of {', '.join(names())}.")
+    raise ValueError(f"the file's name starts with none of {', '.join(names())}.")
   return importlib.import_module(f"experiments.goldens.{max(known, key=len)}")
 
 
@@ -59,7 +60,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as z:
       return {key: z[key] for key in z.files}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(f"{path}: cannot be read as an npz file ({error}).") from None
+    raise ValueError(f"cannot be read as an npz file ({error}).") from None
 
 
 def judge(rows: Iterable[goldens.Row], tolerance: float, grad_tolerance: float) -> list[Group]:
@@ -75,6 +76,12 @@ def judge(rows: Iterable[goldens.Row], tolerance: float, grad_tolerance: float) 
     where = max(errors, key=errors.get)
     verdicts.append(Group(group, len(tensors), errors[where], where, errors[where] <= allowed))
   return verdicts
+
+
+def uncovered(arrays: Iterable[str], rows: Iterable[goldens.Row]) -> list[str]:
+  """Keys of recorded outputs and losses that no row stands for."""
+  covered = {f"{group}/{name}" for group, name, _, _ in rows}
+  return [k for k in arrays if k.startswith(("output/", "loss/")) and k not in covered]
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray, floor: float) -> float:
@@ -94,15 +101,22 @@ def _error(ours: np.ndarray, theirs: np.ndarray, floor: float) -> float:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round more by default
   path = pathlib.Path(_GOLDEN.value)
   try:
     module, arrays = find(path), read(path)
-    groups = judge(module.compare(arrays), _TOLERANCE.value, _GRAD_TOLERANCE.value)
-  except (ValueError, KeyError) as error:
-    sys.exit(f"error: {error}\nFAIL")
+    compared = list(module.compare(arrays))
+  except (KeyError, ValueError) as error:
+    lacks = f"lacks {error}." if isinstance(error, KeyError) else error
+    print(f"error: {path}: {lacks}\nFAIL")
+    sys.exit(1)
+  groups = judge(compared, _TOLERANCE.value, _GRAD_TOLERANCE.value)
   rows = [(g.name, g.tensors, f"{g.worst:.1e}", g.where, "ok" if g.ok else "FAIL") for g in groups]
   print(tabulate.tabulate(rows, ("group", "tensors", "worst relative error", "in", "")))
-  passed = bool(groups) and all(group.ok for group in groups)
+  left = uncovered(arrays, compared)
+  if left:
+    print("recorded, but not compared:", ", ".join(left))
+  passed = bool(groups) and not left and all(group.ok for group in groups)
   print("PASS" if passed else "FAIL")
   sys.exit(0 if passed else 1)
 

@@ -114,7 +114,7 @@ def from_torch(
     if path in found:
       unknown.append(f"{name} (a second value for {path})")
     elif array.shape != flat[path].shape:
-      misshapen[path] = f"{name}: {np.shape(value)}, must become {flat[path].shape} at {path}"
+      misshapen[path] = f"{name}: gives {array.shape}, but {path} is {flat[path].shape}"
     else:
       found[path] = jnp.asarray(array, flat[path].dtype)
   missing = sorted(flat.keys() - found.keys() - misshapen.keys())

@@ -5,7 +5,7 @@ Groups whose name starts with "grad" are compared with the tolerance for gradien
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,12 @@ Row = tuple[str, str, np.ndarray, np.ndarray]
 def config(z: Arrays) -> dict[str, Any]:
   """The hyperparameters that the recorded model was built with."""
   return json.loads(str(z["config"]))
+
+
+def num_classes(z: Arrays) -> int:
+  """0 for regression, as in `Spec`."""
+  settings = config(z)
+  return settings["num_classes"] if settings["train_mode"] == "classification" else 0
 
 
 def under(z: Arrays, prefix: str) -> dict[str, np.ndarray]:
@@ -81,11 +87,12 @@ def params(
   return torch_import.from_torch(template, under(z, prefix), system.torch_rules)
 
 
-def compare_outputs(z: Arrays, names: Mapping[str, Any]) -> Iterator[Row]:
-  """Rows of recorded tensors under their full key ("output/M"); the key's head is the group."""
-  for key, ours in names.items():
+def compare_outputs(z: Arrays, ours: Mapping[str, Any]) -> Iterator[Row]:
+  """Rows by recorded key: "output/M" is tensor "M" of group "output"; what lacks is left out."""
+  for key, value in ours.items():
     if key in z:
-      yield key.split("/")[0], key.partition("/")[2], np.reshape(ours, np.shape(z[key])), z[key]
+      group, _, name = key.partition("/")
+      yield group, name, value, z[key]
 
 
 def compare_loss(
@@ -96,33 +103,32 @@ def compare_loss(
   example: types.Batch,
   extra: types.Extra,
   *,
-  parts: Callable[[str], str] = lambda name: name,
+  parts: Mapping[str, str] = {},  # noqa: B006
   total: str = "loss/total",
   gradients: str = "grad/",
 ) -> Iterator[Row]:
   """Rows of a loss, its parts as far as they are recorded, and every gradient.
+
+  The gradients of parameters that we do not have, because the published model never uses
+  them, must be recorded as zero.
 
   Args:
     z: the file.
     system: for its torch_rules.
     loss: the loss; run without randomness.
     weights, example, extra: its arguments.
-    parts: name of a metric -> its recorded name below "loss/".
+    parts: name of a metric -> its recorded name below "loss/", where they differ.
     total: key of the recorded total.
     gradients: prefix of the recorded gradients.
   """
-  gradient = jax.jit(
-    jax.value_and_grad(lambda p: loss(p, example, None, extra), has_aux=True)
-  )
+  gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, example, None, extra), has_aux=True))
   (value, aux), grads = gradient(weights)
-  yield "loss", total.removeprefix("loss/"), value, z[total]
-  for name, part in aux.metrics.items():
-    if f"loss/{parts(name)}" in z:
-      yield "loss", parts(name), part, z[f"loss/{parts(name)}"]
-  recorded = torch_import.from_torch(weights, under(z, gradients), system.torch_rules)
-  flat = zip(
-    jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(recorded), strict=True
-  )
-  for (path, ours), theirs in flat:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    yield gradients.rstrip("/"), name, ours, theirs
+  metrics = {f"loss/{parts.get(name, name)}": part for name, part in aux.metrics.items()}
+  yield from compare_outputs(z, {**metrics, total: value})
+  group, theirs = gradients.rstrip("/"), under(z, gradients)
+  recorded = torch_import.from_torch(weights, theirs, system.torch_rules)
+  leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(recorded), strict=True)
+  for (path, ours), expected in leaves:
+    yield group, jax.tree_util.keystr(path, simple=True, separator="/"), ours, expected
+  for name in torch_import.ignored(theirs, system.torch_rules):
+    yield group, name, np.zeros_like(theirs[name]), theirs[name]

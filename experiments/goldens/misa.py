@@ -15,9 +15,9 @@ MIDDLE = {f"mid/project_{m}": f"utt_{m}_orig" for m in "tva"}
 def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   """Yields outputs, loss parts and gradients."""
   config = goldens.config(z)
-  classes = config["num_classes"] if config["train_mode"] == "classification" else 0
+  if config.get("rnncell", "lstm") != "lstm":
+    raise ValueError(f"rnncell is {config['rnncell']!r}; only MISA with LSTMs is here.")
   system = misa.make(
-    num_classes=classes,
     hidden_size=config["hidden_size"],
     diff_weight=config["diff_weight"],
     sim_weight=config["sim_weight"],
@@ -25,10 +25,10 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     bert=config["bert_config"],
   )
   batch = goldens.batch(z)
-  params = goldens.params(system, goldens.spec(batch, num_classes=classes), z)
+  params = goldens.params(system, goldens.spec(batch, num_classes=goldens.num_classes(z)), z)
   out = jax.jit(system.predict)(params, batch, {})
   named = {f"output/{name}": value for name, value in out.items()}
-  named["output/M"] = out["prediction"]
+  named["output/M"] = np.reshape(out["prediction"], z["output/M"].shape)
   named |= {key: out[name] for key, name in MIDDLE.items()}
   named["mid/fusion_transformer"] = np.swapaxes(out["fusion"], 0, 1)
   named["mid/bert"] = out["text_states"]

@@ -21,22 +21,23 @@ from mmjax import bert as bert_lib
 from mmjax import layers, losses, masking, torch_import, types
 
 Array = types.Array
+FUSION_HEADS = 2
 
 
 class Misa(nn.Module):
   """The network. `__call__` returns every tensor that the losses need.
 
   Attributes:
+    num_outputs: 1 for regression, else the number of classes.
     hidden_size: H, width of the utterance vectors and subspaces.
     dropout: before the head's activation.
-    num_classes: 0 for regression.
     bert: encodes token ids; unused with precomputed text features.
     pack: whose lengths pack audio and vision: "text" or "own".
   """
 
+  num_outputs: int
   hidden_size: int
   dropout: float
-  num_classes: int
   bert: bert_lib.BertConfig
   pack: str
 
@@ -48,7 +49,8 @@ class Misa(nn.Module):
       "v": self._two_lstms(batch.vision, batch.text.valid, "v"),
       "a": self._two_lstms(batch.audio, batch.text.valid, "a"),
     }
-    out, shared_encoder = {"text_states": states}, layers.Dense(self.hidden_size, name="shared")
+    shared_encoder = layers.Dense(self.hidden_size, name="shared")
+    out = {"text_states": states}
     for m, vector in utterance.items():
       projected = jax.nn.relu(layers.Dense(self.hidden_size, name=f"project_{m}")(vector))
       original = layers.LayerNorm(name=f"project_{m}_norm")(projected)
@@ -66,12 +68,14 @@ class Misa(nn.Module):
       out[f"shared_or_private_p_{m}"] = discriminate(out[f"utt_private_{m}"])
 
     tokens = [out[f"utt_{kind}_{m}"] for kind in ("private", "shared") for m in "tva"]
-    fused = layers.TransformerEncoderLayer(2, name="fusion_transformer")(jnp.stack(tokens, 1))
+    fused = layers.TransformerEncoderLayer(FUSION_HEADS, name="fusion_transformer")(
+      jnp.stack(tokens, 1)
+    )
     out["fusion"] = fused  # [B, 6, H]
     hidden = layers.Dense(3 * self.hidden_size, name="fusion_1")(fused.reshape(len(fused), -1))
     hidden = jax.nn.relu(layers.Dropout(self.dropout)(hidden))
-    logits = layers.Dense(max(self.num_classes, 1), name="fusion_2")(hidden)
-    out["prediction"] = logits if self.num_classes else logits[:, 0]
+    scores = layers.Dense(self.num_outputs, name="fusion_2")(hidden)
+    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
     return out
 
   def _two_lstms(self, m: types.Modality, text_valid: Array, name: str) -> Array:
@@ -88,7 +92,6 @@ class Misa(nn.Module):
 
 def make(
   *,
-  num_classes: int = 0,
   hidden_size: int = 128,
   dropout: float = 0.2,
   diff_weight: float = 0.1,
@@ -100,12 +103,11 @@ def make(
   """MISA as a system; the defaults are MMSA's for MOSI.
 
   Args:
-    num_classes: 0 for regression, else the number of classes.
     hidden_size: H.
     dropout: of the fusion head.
-    diff_weight: of DiffLoss (eq. 5).
-    sim_weight: of CMD (eq. 3).
-    recon_weight: of the reconstruction (eq. 7).
+    diff_weight: of DiffLoss.
+    sim_weight: of CMD.
+    recon_weight: of the reconstruction.
     pack: lengths that pack audio and vision. "text" is the published code's: steps beyond
       the text's length are never read, for unaligned data too. "own" reads all valid steps.
     bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
@@ -115,16 +117,21 @@ def make(
   """
   if pack not in ("text", "own"):
     raise ValueError(f"pack is {pack!r}, expected 'text' or 'own'.")
+  if hidden_size % FUSION_HEADS:
+    raise ValueError(f"hidden_size is {hidden_size}, but must be divisible by {FUSION_HEADS}.")
   encoder = bert_lib.setup(bert)
-  network = Misa(hidden_size, dropout, num_classes, encoder.config, pack)
-  task = losses.task_loss(num_classes)
+
+  def network(num_outputs):
+    return Misa(num_outputs, hidden_size, dropout, encoder.config, pack)
 
   def apply(params, batch, key=None):
     rngs = None if key is None else {"dropout": key}
-    return network.apply({"params": params}, batch, rngs=rngs)
+    num_outputs = params["fusion_2"]["bias"].shape[0]  # the spec's, as `init` saw it
+    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
 
   def init(key, spec):
-    params = network.init(key, types.example_batch(spec))["params"]
+    module = network(spec.num_classes or 1)
+    params = module.init(key, types.example_batch(spec))["params"]
     return encoder.with_weights(params), {}
 
   def predict(params, batch, extra):
@@ -137,8 +144,10 @@ def make(
     shared = {m: out[f"utt_shared_{m}"] for m in "tva"}
     pairs = [(private[m], shared[m]) for m in "tva"]
     pairs += [(private[m], private[n]) for m, n in combinations("atv", 2)]
+    prediction = out["prediction"]
+    task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1])
     parts = {
-      "cls": task(out["prediction"], batch.label).mean(),
+      "cls": task(prediction, batch.label).mean(),
       "diff": sum(losses.difference(x, y) for x, y in pairs),
       "cmd": sum(losses.cmd(shared[m], shared[n]) for m, n in combinations("tva", 2)) / 3,
       "recon": sum(
