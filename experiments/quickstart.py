@@ -22,7 +22,6 @@ _OUT = flags.DEFINE_string("out", "runs/quickstart", "Output folder.")
 _EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of each training.", lower_bound=1)
 
 MISSING_RATE = (0.4, 0.6)
-TITLES = {"orig": "ORIG", "spl": "SPL-TRN", "m3s": "M³S"}
 
 
 def prepare(out: pathlib.Path) -> None:
@@ -48,7 +47,7 @@ def train_and_test(method: str, out: pathlib.Path, epochs: int | None) -> list[d
     run.recipe.system, best["params"], best["extra"], dataset.test, dataset.spec,
     evaluate.parse_rates("0:0.9:0.1"), range(3), mask_of=run_lib.make_mask_of(config),
   )  # fmt: skip
-  return [{"method": TITLES[method], **row} for row in rows]
+  return [{"method": run_lib.METHODS[method], **row} for row in rows]
 
 
 def main(argv):
@@ -59,7 +58,7 @@ def main(argv):
   prepare(out)
   rows = []
   for method in run_lib.METHODS:
-    print(f"\nTraining MISA with {TITLES[method]} ({out / method}):", flush=True)
+    print(f"\nTraining MISA with {run_lib.METHODS[method]} ({out / method}):", flush=True)
     rows += train_and_test(method, out, _EPOCHS.value)
   print()
   table = report.robustness(rows, out, by=("method", "kind", "condition"), lines="method")

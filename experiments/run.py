@@ -12,7 +12,8 @@ import tqdm
 from experiments import workdir
 from mmjax import data, evaluate, masking, meta, metrics, models, optim, train, types
 
-METHODS = ("orig", "spl", "m3s")
+# The training methods and how the paper writes them.
+METHODS = {"orig": "ORIG", "spl": "SPL-TRN", "m3s": "M3S"}
 
 
 class Interrupted(Exception):
@@ -43,13 +44,13 @@ def load_data(config: ml_collections.ConfigDict, data_dir: str) -> data.Dataset:
   return data.load(data_dir, settings.pop("name"), **settings)
 
 
-def make_system(config: ml_collections.ConfigDict) -> types.System:
-  """The model that `config.model` names."""
+def make_system(config: ml_collections.ConfigDict, spec: types.Spec) -> types.System:
+  """The model that `config.model` names, for the task of `spec`."""
   settings = config.model.to_dict()
   name = settings.pop("name")
   if name not in models.MODELS:
     raise ValueError(f"unknown model {name!r}, expected one of {sorted(models.MODELS)}.")
-  return models.MODELS[name](**settings)
+  return models.MODELS[name](**settings, num_classes=spec.num_classes)
 
 
 def make_mask_of(config: ml_collections.ConfigDict) -> Callable[[object], types.MaskFn]:
@@ -75,7 +76,7 @@ def make_method(
     settings = config.m3s.to_dict()
     inner = optim.make(**settings.pop("optimizer"), differentiable=settings["order"] == "second")
     return lambda key: functools.partial(meta.m3s, mask=mask, inner_optimizer=inner, **settings)
-  raise ValueError(f"unknown method {method!r}, expected one of {METHODS}.")
+  raise ValueError(f"unknown method {method!r}, expected one of {list(METHODS)}.")
 
 
 def make_run(
@@ -98,7 +99,7 @@ def make_run(
   Returns:
     The run.
   """
-  system = make_system(config)
+  system = make_system(config, dataset.spec)
   settings = config.train
   rows = dataset.train.index.shape[0]
   total = settings.epochs * max(rows // min(settings.batch_size, rows), 1)

@@ -20,7 +20,7 @@ from mmjax import train
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `misa.py:mosi`.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the converted datasets.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: log, checkpoints.")
-_METHOD = flags.DEFINE_enum("method", "m3s", run_lib.METHODS, "Training method.")
+_METHOD = flags.DEFINE_enum("method", "m3s", list(run_lib.METHODS), "Training method.")
 _MISSING_RATE = flags.DEFINE_list(
   "missing_rate", ["0.4", "0.6"], "Lowest and highest missing rate, in training and validation."
 )

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 import pandas as pd
+from scipy import stats
 
 SEEDS = ("seed", "mask_seed")  # the columns that a table averages over
 
@@ -28,6 +29,43 @@ def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
   table = table[columns]
   table.insert(0, "n", groups.size())
   return table.reset_index()
+
+
+def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed") -> pd.DataFrame:
+  """Compares methods with a baseline, metric by metric.
+
+  Args:
+    rows: long results, one per method and seed or several (mask seeds): these are averaged
+      within a seed first, so that a run counts once.
+    by: the column that tells the methods apart.
+    baseline: its value for the baseline.
+    seed: the column that tells the runs apart.
+
+  Returns:
+    One row per metric and method: "metric", `by`, "n" runs, "mean", "std" over runs, "delta"
+    against the baseline's mean, and "p" of Welch's two-tailed t-test against its runs (NaN
+    for the baseline itself and below two runs).
+  """
+  frame = pd.DataFrame(rows)
+  runs = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
+  found = []
+  for metric in (name for name in runs.columns if name not in SEEDS):
+    values = {name: part.to_numpy() for name, part in runs[metric].groupby(by, sort=False)}
+    for name, value in values.items():
+      enough = name != baseline and min(len(value), len(values[baseline])) > 1
+      test = stats.ttest_ind(value, values[baseline], equal_var=False) if enough else None
+      found.append(
+        {
+          "metric": metric,
+          by: name,
+          "n": len(value),
+          "mean": value.mean(),
+          "std": value.std(ddof=1) if len(value) > 1 else 0.0,
+          "delta": value.mean() - values[baseline].mean(),
+          "p": test.pvalue if test else float("nan"),
+        }
+      )
+  return pd.DataFrame(found)
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
