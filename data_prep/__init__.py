@@ -1,0 +1,1 @@
+"""Feature pickles -> checked arrays -> TFRecords (TensorFlow Datasets) with a dataset card."""

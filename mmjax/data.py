@@ -6,9 +6,12 @@ the data are not aligned, `regression_labels` and `classification_labels` [N].
 `python -m data_prep.convert` turns a pickle of it into TFRecords, which `load` reads.
 """
 
+import collections
 import json
+import logging
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +20,7 @@ import numpy as np
 from mmjax import types
 
 SPLITS = ("train", "valid", "test")
+CARD = "card.json"  # the statistics beside a converted dataset
 UNK = 100  # [UNK] of every BERT vocabulary
 TEXTS = ("features", "tokens")
 TASKS = ("regression", "classification")
@@ -101,7 +105,7 @@ def from_arrays(
   for split in SPLITS:
     if split not in arrays:
       raise DataError(f"{name}: the split {split!r} is missing; there are {sorted(arrays)}.")
-  splits = {split: _split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
+  splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
   if standardize:
     splits = _standardize(splits)
   labels = np.concatenate([splits[split].label for split in SPLITS])
@@ -127,7 +131,8 @@ def _get(fields: Mapping[str, Any], key: str, where: str, why: str) -> np.ndarra
   return np.asarray(fields[key])
 
 
-def _split(fields: Mapping[str, Any], where: str, text: str, task: str) -> types.Batch:
+def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> types.Batch:
+  """One split's fields as a batch of all its rows; see `from_arrays`. `where` is for errors."""
   info, tokens = {}, None
   if text == "tokens" or "text_bert" in fields:
     tokens = _get(fields, "text_bert", where, "which text='tokens' reads")
@@ -216,7 +221,7 @@ def dataset_folder(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
     DataError: if there is none.
   """
   folder = pathlib.Path(data_dir) / name
-  complete = [card.parent for card in folder.glob("*/card.json") if _is_complete(card.parent)]
+  complete = [version for version in folder.glob("*") if is_complete(version)]
   if not complete:
     raise DataError(
       f"{folder} holds no complete dataset. Convert a pickle first: python -m data_prep.convert"
@@ -225,14 +230,16 @@ def dataset_folder(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
   return max(complete, key=lambda path: [int(n) for n in path.name.split(".")])
 
 
-def _is_complete(folder: pathlib.Path) -> bool:
+def is_complete(folder: pathlib.Path) -> bool:
+  """Whether a folder holds a dataset that was converted to its end."""
   numbers = folder.name.split(".")
-  return all(n.isdigit() for n in numbers) and (folder / "dataset_info.json").exists()
+  files = (folder / CARD, folder / "dataset_info.json")
+  return all(n.isdigit() for n in numbers) and all(file.exists() for file in files)
 
 
 def read_card(data_dir: str | pathlib.Path, name: str) -> dict[str, Any]:
   """The statistics that `data_prep.convert` wrote beside a dataset."""
-  text = (dataset_folder(data_dir, name) / "card.json").read_text(encoding="utf-8")
+  text = (dataset_folder(data_dir, name) / CARD).read_text(encoding="utf-8")
   return json.loads(text)
 
 
@@ -250,25 +257,46 @@ def read_arrays(data_dir: str | pathlib.Path, name: str) -> dict[str, dict[str, 
     DataError: if there is no complete dataset of that name.
   """
   folder = dataset_folder(data_dir, name)
-  import os
-
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  import tensorflow_datasets as tfds
-
-  builder = tfds.builder_from_directory(str(folder))
+  builder = import_tfds().builder_from_directory(str(folder))
   arrays = {}
   for split in SPLITS:
-    columns = {}
-    for row in tfds.as_numpy(builder.as_dataset(split, shuffle_files=False)):
-      for key, value in row.items():
-        columns.setdefault(key, []).append(value)
-    arrays[split] = {
-      key: np.array([v.decode() for v in values], object)
-      if isinstance(values[0], bytes)
-      else np.stack(values)
-      for key, values in columns.items()
-    }
+    columns = collections.defaultdict(list)
+    for rows in _batches(builder, split):
+      for key, values in rows.items():
+        columns[key].append(values)
+    arrays[split] = {key: _decode(np.concatenate(parts)) for key, parts in columns.items()}
   return arrays
+
+
+def _decode(values: np.ndarray) -> np.ndarray:
+  """Strings come back as UTF-8 bytes."""
+  if values.dtype.kind not in "OS":
+    return values
+  texts = np.empty(len(values), object)
+  texts[:] = [value.decode() for value in values]
+  return texts
+
+
+def import_tfds():
+  """TensorFlow Datasets, imported at its first use and without TensorFlow's start-up chatter."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice ignores the log level
+  import tensorflow_datasets as tfds
+
+  logging.getLogger("absl").addFilter(lambda r: "FeatureConnector.dtype" not in r.getMessage())
+  return tfds
+
+
+def _batches(builder, split: str, size: int = 512) -> Iterator[dict[str, np.ndarray]]:
+  """A split's rows in their order, up to `size` at a time."""
+  tfds = import_tfds()
+  if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+    dataset = builder.as_dataset(split, batch_size=size, shuffle_files=False)
+    yield from tfds.as_numpy(dataset)
+    return
+  kinds = {key: feature.np_dtype for key, feature in builder.info.features.items()}
+  for row in builder.as_data_source(split):
+    yield {key: np.array([value], kinds[key]) for key, value in row.items()}
 
 
 def load(data_dir: str | pathlib.Path, name: str, **options: Any) -> Dataset:

@@ -1,0 +1,130 @@
+"""The dataset card: what a converted dataset holds, as numbers and as text."""
+
+import collections
+import hashlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from data_prep import check
+from mmjax import data
+
+
+def make_card(
+  checked: check.Checked, pickle: pathlib.Path, dataset: str, file_format: str
+) -> dict[str, Any]:
+  """The statistics of a dataset, as JSON values.
+
+  Args:
+    checked: its clean arrays.
+    pickle: the file that they come from.
+    dataset: its name.
+    file_format: how it is stored.
+
+  Returns:
+    Rows, fields, lengths, label histogram, the training mean and standard deviation of
+    every feature channel over the valid steps, replaced values, shared videos, the file.
+  """
+  arrays = checked.arrays
+  train = arrays["train"]
+  digest = hashlib.sha256()
+  with pickle.open("rb") as file:
+    while block := file.read(1 << 20):
+      digest.update(block)
+  return {
+    "dataset": dataset,
+    "file_format": file_format,
+    "pickle": pickle.name,
+    "sha256": digest.hexdigest(),
+    "rows": {split: len(fields["id"]) for split, fields in arrays.items()},
+    "fields": {
+      key: {"shape": list(value.shape[1:]), "dtype": _dtype(value)}
+      for key, value in train.items()
+    },
+    "left_out": checked.left_out,
+    "lengths": {
+      split: {name: _spread(lengths) for name, lengths in _lengths(fields).items()}
+      for split, fields in arrays.items()
+    },
+    "labels": {
+      split: {key: _histogram(fields[key]) for key in check.LABELS if key in fields}
+      for split, fields in arrays.items()
+    },
+    "standardize": {
+      name: _moments(train[name], _lengths(train).get(name))
+      for name in check.FEATURES
+      if name in train
+    },
+    "replaced": checked.replaced,
+    "videos_in_two_splits": _shared_videos(arrays),
+  }
+
+
+def _dtype(value: np.ndarray) -> str:
+  return "str" if value.dtype == object else str(value.dtype)
+
+
+def _lengths(fields) -> dict[str, np.ndarray]:
+  """Valid steps of each sample, as `mmjax.data` will read them."""
+  task = "regression" if "regression_labels" in fields else "classification"
+  text = "features" if "text" in fields else "tokens"
+  batch = data.make_split(fields, "", text, task)
+  return {name: getattr(batch, name).valid.sum(1) for name in ("text", "audio", "vision")}
+
+
+def _spread(lengths: np.ndarray) -> dict[str, float]:
+  return {"min": int(lengths.min()), "mean": float(lengths.mean()), "max": int(lengths.max())}
+
+
+def _histogram(labels: np.ndarray) -> dict[str, int]:
+  """Counts of the labels, rounded to whole numbers where they are not classes."""
+  values, counts = np.unique(np.round(labels).astype(int), return_counts=True)
+  return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+def _moments(x: np.ndarray, lengths: np.ndarray) -> dict[str, list[float]]:
+  """Mean and standard deviation of each channel over the valid steps."""
+  steps = x[np.arange(x.shape[1]) < lengths[:, None]].astype(np.float64)
+  return {"mean": steps.mean(0).tolist(), "std": steps.std(0).tolist()}
+
+
+def _shared_videos(arrays) -> list[dict[str, Any]]:
+  """Videos ("video$_$clip") whose clips stand in more than one split."""
+  splits = collections.defaultdict(set)
+  for split, fields in arrays.items():
+    for name in fields["id"]:
+      if "$_$" in name:
+        splits[name.split("$_$")[0]].add(split)
+  return [{"video": v, "splits": sorted(s)} for v, s in sorted(splits.items()) if len(s) > 1]
+
+
+def to_text(card: dict[str, Any]) -> str:
+  """The card for the terminal."""
+  lines = [
+    f"{card['dataset']}  ({card['file_format']}, from {card['pickle']},"
+    f" sha256 {card['sha256'][:12]}…)",
+    "rows     " + ", ".join(f"{split} {rows}" for split, rows in card["rows"].items()),
+    "fields   "
+    + ", ".join(f"{k} {tuple(f['shape']) or ''}".strip() for k, f in card["fields"].items()),
+    "lengths  (training: least, mean, most)",
+  ]
+  lines += [
+    f"  {name:7}{s['min']:5d} {s['mean']:7.1f} {s['max']:5d}"
+    for name, s in card["lengths"]["train"].items()
+  ]
+  for split, labels in card["labels"].items():
+    for key, counts in labels.items():
+      lines.append(f"{split} {key}: " + ", ".join(f"{v}: {n}" for v, n in counts.items()))
+  for split, counts in card["replaced"].items():
+    for key, count in counts.items():
+      lines.append(f"note: {split}/{key}: {count} NaN or infinite values became 0")
+  if card["videos_in_two_splits"]:
+    names = ", ".join(entry["video"] for entry in card["videos_in_two_splits"][:5])
+    lines.append(
+      f"note: {len(card['videos_in_two_splits'])} videos have clips in two splits ({names} …):"
+      " test results may profit from speakers seen in training"
+    )
+  if card["left_out"]:
+    lines.append(f"note: left out, not in the MMSA layout: {', '.join(card['left_out'])}")
+  return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""Prints the card of a converted dataset.
+
+python -m data_prep.inspect --dataset=mosi --data_dir=data
+"""
+
+import sys
+
+from absl import app, flags
+
+from data_prep import card
+from mmjax import data
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  try:
+    found = data.read_card(flags.FLAGS.data_dir, flags.FLAGS.dataset)
+  except data.DataError as error:
+    sys.exit(f"error: {error}")
+  print(card.to_text(found))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("dataset", None, "Name of the dataset.", required=True)
+  flags.DEFINE_string("data_dir", "data", "Folder of the datasets.")
+  app.run(main)

@@ -1,0 +1,255 @@
+import collections
+import copy
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data_prep import card, check, convert, unpickle
+from mmjax import data, synthetic
+
+ROOT = pathlib.Path(__file__).parents[1]
+ARRAYS = synthetic.make_arrays(seed=2, num_train=12, num_valid=4, num_test=4)
+
+
+def edited(split, key, value):
+  """The arrays with one field replaced, or removed if the value is None."""
+  arrays = copy.deepcopy(ARRAYS)
+  if value is None:
+    del arrays[split][key]
+  else:
+    arrays[split][key] = value
+  return arrays
+
+
+# -- unpickling ------------------------------------------------------------------------------
+
+
+class Evil:
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_that_would_run_a_command_is_refused_by_name(tmp_path, protocol):
+  path, trace = tmp_path / "evil.pkl", tmp_path / "trace"
+  path.write_bytes(pickle.dumps({"train": Evil(trace)}, protocol))
+  with pytest.raises(unpickle.UnpickleError, match=r"evil\.pkl.*(posix|nt)\.system"):
+    unpickle.load(path)
+  assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["builtins.eval", "builtins.getattr", "numpy.load", "numpy.f2py.compile", "operator.attrgetter",
+   "numpy.core.multiarray.fromfile", "numpy.dtypes.os.system"],
+)  # fmt: skip
+def test_other_globals_are_refused(tmp_path, name):
+  module, _, attribute = name.rpartition(".")
+  (tmp_path / "a.pkl").write_bytes(f"c{module}\n{attribute}\n.".encode())
+  with pytest.raises(unpickle.UnpickleError, match=name):
+    unpickle.load(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_and_plain_containers_are_read_at_every_protocol(tmp_path, protocol, core):
+  value = {
+    "f": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "s": np.array(["好", "b"]),
+    "o": np.array(["x", None], object),
+    "scalar": np.float64(0.1),
+    "plain": [1, (2.5, None, True), {"é"}, b"\xff", bytearray(b"a"), 1j],
+    "ordered": collections.OrderedDict(a=1),
+    "dtype": np.dtype("<i4"),
+  }
+  written = pickle.dumps(value, protocol)
+  if protocol < 4:  # below, names stand in the text and can be exchanged
+    written = written.replace(b"numpy._core", core.encode())
+  (tmp_path / "a.pkl").write_bytes(written)
+  read = unpickle.load(tmp_path / "a.pkl")
+  assert read.keys() == value.keys()
+  for key in ("f", "s", "o"):
+    np.testing.assert_array_equal(read[key], value[key])
+    assert read[key].dtype == value[key].dtype
+  for key in ("scalar", "plain", "ordered", "dtype"):
+    assert read[key] == value[key] and type(read[key]) is type(value[key])
+
+
+def test_a_python_2_pickle_is_read(tmp_path):
+  """Byte strings outside of ASCII, and an array whose buffer is one, as Python 2 wrote them."""
+  raw = np.array([1.5, -3e-30], np.float32)
+  array = (
+    b"cnumpy.core.multiarray\n_reconstruct\n" b"cnumpy\nndarray\n" b"K\x00\x85" b"U\x01b\x87R"
+    b"(K\x01" b"K\x02\x85" b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R"
+    b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb" b"\x89"
+    b"U\x08" + raw.tobytes() + b"tb"
+  )  # fmt: skip
+  (tmp_path / "a.pkl").write_bytes(b"\x80\x02}(U\x04caf\xe9U\x01xU\x01a" + array + b"u.")
+  read = unpickle.load(tmp_path / "a.pkl")
+  assert read["café"] == "x"
+  np.testing.assert_array_equal(read["a"], raw)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(ARRAYS)[:-200]])
+def test_a_broken_file_is_named(tmp_path, content):
+  (tmp_path / "cut.pkl").write_bytes(content)
+  with pytest.raises(data.DataError, match=r"cut\.pkl: this is no whole pickle"):
+    check.read(tmp_path / "cut.pkl", "any")
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(data.DataError, match=r"gone\.pkl: there is no such file"):
+    check.read(tmp_path / "gone.pkl", "any")
+
+
+# -- checking --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "split, key, value, found",
+  [
+    ("valid", "audio", None, "the keys"),
+    ("test", "regression_labels", np.zeros(3, np.float32), "3 rows, expected 4"),
+    ("train", "vision", np.zeros((12, 25)), r"shape \(12, 25\), expected 3 axes"),
+    ("valid", "id", [], "no rows"),
+    ("test", "id", ["a", "b", "a", "c"], "'a' twice"),
+    ("train", "regression_labels", np.full(12, 3.5, np.float32), "3.5 in row 0"),
+    ("train", "regression_labels", np.full(12, np.nan, np.float32), "nan in row 0"),
+    ("train", "classification_labels", np.full(12, 0.5), "0.5 in row 0"),
+    ("train", "audio_lengths", [31] * 12, "31 in row 0.*expected 0 to 30"),
+    ("test", "audio", np.zeros((4, 30, 9), np.float32), r"rows of shape \(30, 9\)"),
+    ("test", "text_bert", np.zeros((4, 2, 20), np.float32), r"\[N, 3, L\]"),
+    ("test", "id", list(ARRAYS["train"]["id"][:4]), "which is in 'train' too"),
+    ("test", "annotations", None, "it in some splits only"),
+    ("test", "audio", [[1.0], [2.0, 3.0]], "no array of numbers"),
+  ],
+)
+def test_a_fault_is_named_with_file_split_and_key(split, key, value, found):
+  expected = rf"mosi\.pkl, split '{split}', key '{key}': found .*{found}"
+  with pytest.raises(data.DataError, match=expected):
+    check.check(edited(split, key, value), "mosi.pkl", "mosi")
+
+
+def test_missing_splits_and_other_things_are_named():
+  arrays = {split: fields for split, fields in ARRAYS.items() if split != "valid"}
+  with pytest.raises(data.DataError, match=r"f\.pkl, split 'valid': found the splits"):
+    check.check(arrays, "f.pkl", "any")
+  with pytest.raises(data.DataError, match="found a list, expected a dictionary"):
+    check.check([1], "f.pkl", "any")
+
+
+def test_values_that_are_not_finite_become_zero_and_are_counted(tmp_path):
+  arrays = copy.deepcopy(ARRAYS)
+  arrays["train"]["audio"][0, 0, :3] = [-np.inf, np.nan, np.inf]
+  checked = check.check(arrays, "f.pkl", "any")
+  assert checked.replaced["train"] == {"audio": 3} and not checked.replaced["test"]
+  assert (checked.arrays["train"]["audio"][0, 0, :3] == 0).all()
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  text = card.to_text(card.make_card(check.read(path, "any"), path, "any", "tfrecord"))
+  assert "train/audio: 3 NaN or infinite values became 0" in text
+
+
+def test_labels_of_an_unknown_dataset_may_lie_anywhere():
+  check.check(edited("train", "regression_labels", np.full(12, 70.0)), "f.pkl", "other")
+
+
+# -- converting ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_what_is_read_back_is_bit_identical(tmp_path, file_format):
+  arrays = copy.deepcopy(ARRAYS)
+  arrays["train"]["audio"][0, 0, :4] = [1e-42, -0.0, np.float32(3.4e38), 1 / 3]
+  arrays["train"]["raw_text"] = np.array(["很好 ☃", ""] * 6)
+  for letter in "TAV":
+    for fields in arrays.values():
+      fields[f"regression_labels_{letter}"] = np.linspace(-1, 1, len(fields["id"]))
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  convert.convert(path, "any", tmp_path / "data", file_format=file_format)
+  read = data.read_arrays(tmp_path / "data", "any")
+  for split, fields in arrays.items():
+    assert read[split].keys() == fields.keys()
+    for key, value in fields.items():
+      value = np.asarray(value)
+      if value.dtype.kind == "U":
+        assert read[split][key].tolist() == value.tolist()
+      else:
+        assert read[split][key].dtype == value.dtype
+        assert read[split][key].tobytes() == value.tobytes(), key
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("converted")
+  arrays = copy.deepcopy(ARRAYS)
+  arrays["test"]["id"] = ["video000$_$99", *arrays["test"]["id"][1:]]
+  convert.convert(synthetic.write_pickle(folder / "a.pkl", arrays), "any", folder / "data")
+  return folder
+
+
+def test_the_card_tells_what_was_converted(converted):
+  found = data.read_card(converted / "data", "any")
+  assert found["rows"] == {"train": 12, "valid": 4, "test": 4}
+  lengths = ARRAYS["train"]["audio_lengths"]
+  assert found["lengths"]["train"]["audio"]["max"] == max(lengths)
+  steps = np.concatenate([x[:n] for x, n in zip(ARRAYS["train"]["audio"], lengths, strict=True)])
+  np.testing.assert_allclose(found["standardize"]["audio"]["mean"], steps.mean(0), atol=1e-5)
+  np.testing.assert_allclose(found["standardize"]["audio"]["std"], steps.std(0), rtol=1e-4)
+  assert [v["video"] for v in found["videos_in_two_splits"]] == ["video000"]
+  assert sum(found["labels"]["train"]["regression_labels"].values()) == 12
+
+
+def test_a_dataset_is_replaced_on_demand_only(converted):
+  before = data.read_card(converted / "data", "any")
+  with pytest.raises(data.DataError, match="--overwrite"):
+    convert.convert(converted / "a.pkl", "any", converted / "data")
+  synthetic.write_pickle(converted / "bad.pkl", edited("train", "audio", None))
+  with pytest.raises(data.DataError, match="audio"):
+    convert.convert(converted / "bad.pkl", "any", converted / "data", overwrite=True)
+  assert data.read_card(converted / "data", "any") == before  # a fault costs nothing
+  convert.convert(converted / "a.pkl", "any", converted / "data", overwrite=True)
+  assert data.read_card(converted / "data", "any") == before
+  assert [path.name for path in (converted / "data").iterdir()] == ["any"]
+
+
+def run(module, *flags):
+  command = [sys.executable, "-m", f"data_prep.{module}", *flags]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_inspect_prints_the_card_again(converted):
+  found = run("inspect", "--dataset=any", f"--data_dir={converted / 'data'}")
+  assert found.returncode == 0
+  assert found.stdout.strip() == card.to_text(data.read_card(converted / "data", "any"))
+  missing = run("inspect", "--dataset=none", f"--data_dir={converted / 'data'}")
+  assert missing.returncode == 1 and "data_prep.convert" in missing.stderr
+  assert "Traceback" not in missing.stderr
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path):
+  arrays = synthetic.make_arrays(seed=0, num_train=2000, num_valid=20, num_test=20)
+  path, target = synthetic.write_pickle(tmp_path / "a.pkl", arrays), tmp_path / "data"
+  flags = [f"--pickle={path}", "--dataset=any", f"--data_dir={target}"]
+  process = subprocess.Popen([sys.executable, "-m", "data_prep.convert", *flags], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+  while not list(target.glob(".incomplete-any/any/*")):
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  with pytest.raises(data.DataError, match="no complete dataset"):
+    data.load(target, "any")
+  done = run("convert", *flags)
+  assert done.returncode == 0 and "rows     train 2000" in done.stdout
+  assert data.load(target, "any").spec.num_train == 2000
+  assert [path.name for path in target.iterdir()] == ["any"]
