@@ -1,5 +1,7 @@
 """Arrays -> a TensorFlow Datasets dataset on disk."""
 
+import contextlib
+import io
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -53,5 +55,6 @@ def write(
     disable_shuffling=True,
     description="Multimodal features in the MMSA layout.",
   )
-  builder.download_and_prepare()
+  with contextlib.redirect_stdout(io.StringIO()):  # it would name the folder it writes aside
+    builder.download_and_prepare()
   return pathlib.Path(builder.data_dir)

@@ -1,12 +1,13 @@
 """Experiment binaries over mmjax."""
 
-import logging
 import os
 import pathlib
+
+from absl import flags, logging
 
 # Compiled programs are kept, so that the next process of the same model starts at once.
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "mmjax" / "programs"))
 
-# JAX tells at INFO level which accelerators it did not find; absl would print that.
-logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+# Warnings and the binaries' own words, not every library's diary; --verbosity=0 shows that.
+flags.FLAGS.verbosity = logging.WARNING

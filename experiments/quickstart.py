@@ -7,6 +7,7 @@ M³S at a missing rate of 0.4-0.6, and compares the three at every missing rate.
 """
 
 import pathlib
+import sys
 import time
 
 from absl import app, flags
@@ -59,7 +60,10 @@ def main(argv):
   rows = []
   for method in run_lib.METHODS:
     print(f"\nTraining MISA with {run_lib.METHODS[method]} ({out / method}):", flush=True)
-    rows += train_and_test(method, out, _EPOCHS.value)
+    try:
+      rows += train_and_test(method, out, _EPOCHS.value)
+    except workdir_lib.WorkdirError as error:
+      sys.exit(f"error: {error}")
   print()
   table = report.robustness(rows, out, by=("method", "kind", "condition"), lines="method")
   mean = table.groupby("method", sort=False)["mae"].mean()

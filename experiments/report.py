@@ -31,10 +31,10 @@ def robustness(
   """
   out = pathlib.Path(out)
   table = tables.write(out, "robustness", rows, by)
-  print(tables.to_text(table))
+  shown = [name for name in HEADLINE if name in table.columns][:4]
+  print(tables.to_text(table[[*by, "n", *(c for name in shown for c in (name, f"{name}_std"))]]))
   rates = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
   if len(rates):
-    shown = [name for name in HEADLINE if name in table.columns][:4]
     path = plots.curves(
       rates, shown, out / "robustness.png", x="condition", x_label="missing rate", lines=lines
     )

@@ -44,13 +44,13 @@ def load_data(config: ml_collections.ConfigDict, data_dir: str) -> data.Dataset:
   return data.load(data_dir, settings.pop("name"), **settings)
 
 
-def make_system(config: ml_collections.ConfigDict, spec: types.Spec) -> types.System:
-  """The model that `config.model` names, for the task of `spec`."""
+def make_system(config: ml_collections.ConfigDict) -> types.System:
+  """The model that `config.model` names."""
   settings = config.model.to_dict()
   name = settings.pop("name")
   if name not in models.MODELS:
     raise ValueError(f"unknown model {name!r}, expected one of {sorted(models.MODELS)}.")
-  return models.MODELS[name](**settings, num_classes=spec.num_classes)
+  return models.MODELS[name](**settings)
 
 
 def make_mask_of(config: ml_collections.ConfigDict) -> Callable[[object], types.MaskFn]:
@@ -99,7 +99,7 @@ def make_run(
   Returns:
     The run.
   """
-  system = make_system(config, dataset.spec)
+  system = make_system(config)
   settings = config.train
   rows = dataset.train.index.shape[0]
   total = settings.epochs * max(rows // min(settings.batch_size, rows), 1)

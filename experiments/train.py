@@ -9,8 +9,7 @@ The same command goes on after any interruption, and ends with the same bits.
 import signal
 import sys
 
-import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import run as run_lib
@@ -63,7 +62,6 @@ def main(argv):
   except ValueError as error:  # what the user asked for cannot be done: no traceback
     sys.exit(f"error: {error}")
   folder.close()
-  logging.info("devices: %s", jax.devices())
   sign = 1 if run.recipe.larger_is_better else -1
   print(
     f"Best epoch {int(progress.best_epoch)} on validation: {run.recipe.select} ="

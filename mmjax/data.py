@@ -283,8 +283,12 @@ def import_tfds():
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice ignores the log level
   import tensorflow_datasets as tfds
 
-  logging.getLogger("absl").addFilter(lambda r: "FeatureConnector.dtype" not in r.getMessage())
+  logging.getLogger("absl").addFilter(_worth_reading)
   return tfds
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+  return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
 
 
 def _batches(builder, split: str, size: int = 512) -> Iterator[dict[str, np.ndarray]]:

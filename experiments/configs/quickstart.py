@@ -14,5 +14,5 @@ def get_config(dataset: str = "synthetic"):
   config.train.epochs = 20
   config.train.patience = 0
   config.optimizer.learning_rate = 1e-3
-  config.m3s.optimizer.learning_rate = 1e-2
+  config.m3s.optimizer.learning_rate = 1e-3
   return config
