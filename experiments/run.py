@@ -55,12 +55,16 @@ def make_system(config: ml_collections.ConfigDict) -> types.System:
 
 def make_mask_of(config: ml_collections.ConfigDict) -> Callable[[object], types.MaskFn]:
   """`rates -> MaskFn` of the kind that `config.mask` names."""
-  kind = config.mask.kind
-  if kind == "span":
-    return functools.partial(masking.span, axis=config.mask.axis)
-  if kind == "bernoulli":
-    return masking.bernoulli
-  raise ValueError(f"unknown mask kind {kind!r}, expected span or bernoulli.")
+  kind, removed = config.mask.kind, tuple(config.mask.get("drop", ()))
+  kinds = {
+    "span": functools.partial(masking.span, axis=config.mask.axis),
+    "bernoulli": masking.bernoulli,
+  }
+  if kind not in kinds:
+    raise ValueError(f"unknown mask kind {kind!r}, expected one of {list(kinds)}.")
+  if not removed:
+    return kinds[kind]
+  return lambda rates: masking.compose(kinds[kind](rates), masking.drop(*removed))
 
 
 def make_method(

@@ -30,7 +30,11 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
     select="f1" if classes else "mae",  # the validation metric that picks the epoch
   )
   config.optimizer = dict(name="adam", learning_rate=1e-4)
-  config.mask = dict(kind="span", axis="time")  # kind: span (M³S) or bernoulli (LNLN)
+  config.mask = dict(
+    kind="span",  # span (M³S) or bernoulli (LNLN)
+    axis="time",  # of spans: "time" or "feature"
+    drop=(),  # modalities that are never seen, in training and testing
+  )
   config.m3s = dict(
     inner_steps=1,  # K; not given in the paper
     order="first",  # as in Algorithm 1; "second" is the exact meta-gradient
