@@ -1,0 +1,257 @@
+"""One suite over every system: what the trainer, the masks and the evaluation rely on.
+
+A new system needs a line in `SETTINGS`. It is tried as regression with features as text, and
+as classification with token ids.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import masking, models, types
+
+BERT = dict(
+  vocab_size=110,
+  hidden_size=8,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  intermediate_size=8,
+  max_position_embeddings=16,
+)
+# Tiny settings by name, over the defaults of `make`.
+SETTINGS = {
+  "misa": dict(hidden_size=4, bert=BERT),
+}
+# Systems whose published code reads the frames of padding too.
+READS_PADDING = ()
+# Systems that read as many frames of audio and vision as the text has tokens.
+PACKS_WITH_TEXT = ("misa",)
+
+# XLA compiles this generator several times faster than the default one.
+make_key = functools.partial(jax.random.key, impl="unsafe_rbg")
+ROWS, UNK = 5, 100
+TEXT, AUDIO, VISION = (6, 5), (9, 3), (8, 4)
+
+
+def make_spec(tokens: bool, num_classes: int) -> types.Spec:
+  text = types.ModalitySpec(TEXT[0], 0 if tokens else TEXT[1], tokens)
+  audio, vision = types.ModalitySpec(*AUDIO), types.ModalitySpec(*VISION)
+  return types.Spec(text, audio, vision, num_train=12, num_classes=num_classes)
+
+
+def make_batch(spec: types.Spec, seed: int = 0) -> types.Batch:
+  """Random lengths (text and the rest independent), random values, zeros on padding."""
+  random = np.random.default_rng(seed)
+
+  def modality(m):
+    valid = np.arange(m.length) < random.integers(3, m.length + 1, (ROWS, 1))
+    if m.tokens:
+      x = random.integers(1, 100, valid.shape).astype(np.int32) * valid
+      return types.Modality(x, valid, np.ones_like(valid), np.full(ROWS, UNK, np.int32))
+    x = random.normal(size=(ROWS, m.length, m.dim)).astype(np.float32) * valid[..., None]
+    seen = np.ones((ROWS, m.length, 1), bool)
+    return types.Modality(x, valid, seen, np.zeros(ROWS, np.float32))
+
+  label = random.uniform(-3, 3, ROWS).astype(np.float32)
+  if spec.num_classes:
+    label = random.integers(0, spec.num_classes, ROWS).astype(np.int32)
+  index = random.permutation(spec.num_train)[:ROWS].astype(np.int32)
+  modalities = [modality(getattr(spec, name)) for name in types.MODALITIES]
+  return jax.tree.map(
+    jnp.asarray, types.Batch(*modalities, label, index, np.ones(ROWS, np.float32), {})
+  )
+
+
+class Case:
+  """A system with parameters, a batch, and its functions compiled once for all tests."""
+
+  def __init__(self, name: str, tokens: bool, num_classes: int):
+    self.name, self.spec = name, make_spec(tokens, num_classes)
+    self.system = models.MODELS[name](**SETTINGS[name])
+    self.batch = make_batch(self.spec)
+    self.init = jax.jit(lambda key: self.system.init(key, self.spec))
+    self.params, self.extra = self.init(make_key(0))
+    self.traces = collections.Counter()
+    self.predict = jax.jit(self.counted("predict", self.system.predict))
+    # `(params, batch, key, extra) -> ((loss, aux), grads)` of each phase
+    self.gradients = {
+      phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
+      for phase in self.system.phases
+    }
+
+  def counted(self, name, function):
+    """Counts how often a function is traced."""
+
+    def count(*args):
+      self.traces[name] += 1
+      return function(*args)
+
+    return count
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """Tiny shapes: compiling takes all the time, and half of it is optimizing."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def step(params, grads, length):
+  """A step of some length down the gradient, in numpy: nothing to compile."""
+  params, grads = jax.device_get((params, grads))
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+  return jax.tree.map(lambda p, g: p - np.float32(length / norm) * g, params, grads)
+
+
+@functools.cache
+def make_case(name: str, kind: str) -> Case:
+  return Case(name, *{"regression": (False, 0), "classification": (True, 3)}[kind])
+
+
+@pytest.fixture(
+  scope="module",
+  params=[(name, kind) for name in models.MODELS for kind in ("regression", "classification")],
+  ids="-".join,
+)
+def case(request) -> Case:
+  return make_case(*request.param)
+
+
+def test_every_model_has_settings():
+  assert SETTINGS.keys() == models.MODELS.keys()
+
+
+def test_unknown_settings_are_refused():
+  for make in models.MODELS.values():
+    with pytest.raises(TypeError, match="hiden_size"):
+      make(hiden_size=3)
+
+
+def test_init_depends_on_the_key_alone(case):
+  again, other = case.init(make_key(0))[0], case.init(make_key(1))[0]
+  jax.tree.map(np.testing.assert_array_equal, case.params, again)
+  changed = jax.tree.map(lambda a, b: np.any(np.asarray(a) != b), case.params, other)
+  assert any(jax.tree.leaves(changed))
+  assert type(case.params) is dict
+  # what the trainer saves and restores
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((case.params, case.extra)))
+
+
+def test_predictions_have_the_tasks_shape(case):
+  prediction = case.predict(case.params, case.batch, case.extra)["prediction"]
+  classes = case.spec.num_classes
+  assert prediction.shape == ((ROWS, classes) if classes else (ROWS,))
+  assert np.isfinite(prediction).all()
+
+
+def test_losses_and_gradients_are_finite(case):
+  key, extra = make_key(0), case.extra
+  touched = jax.tree.map(lambda p: False, case.params)
+  for phase in case.system.phases:
+    (value, aux), grads = case.gradients[phase.name](case.params, case.batch, key, extra)
+    assert value.shape == ()
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert all(np.isfinite(m) and np.shape(m) == () for m in aux.metrics.values())
+    touched = jax.tree.map(lambda t, g: t | np.any(g), touched, jax.device_get(grads))
+    extra = aux.extra
+  assert np.mean(jax.tree.leaves(touched)) > 0.7
+
+
+def test_extra_keeps_its_structure(case):
+  extra = case.extra
+  for phase in case.system.phases:
+    aux = jax.eval_shape(phase.loss, case.params, case.batch, make_key(0), extra)[1]
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), (extra, aux.extra))
+    assert shapes[0] == shapes[1]
+
+
+def test_another_batch_needs_no_other_program(case):
+  other = make_batch(case.spec, seed=1)
+  case.predict(case.params, case.batch, case.extra)
+  case.predict(case.params, other, case.extra)
+  for phase in case.system.phases:
+    gradient = case.gradients[phase.name]
+    (_, aux), grads = gradient(case.params, case.batch, make_key(0), case.extra)
+    gradient(step(case.params, grads, 0.01), other, make_key(1), aux.extra)
+  assert set(case.traces.values()) == {1}
+
+
+def test_steps_along_the_gradient_lower_the_loss(case):
+  """On one batch; it also says that the loss depends on the parameters as it claims."""
+  phase = case.system.phases[-1]
+  gradient, params, values = case.gradients[phase.name], case.params, []
+  for _ in range(8):
+    (value, _), grads = gradient(params, case.batch, make_key(0), case.extra)
+    params = step(params, grads, 0.02)
+    values.append(float(value))
+  assert values[-1] < values[0]
+
+
+def test_what_is_not_seen_changes_no_prediction(case):
+  """Masks only mark; neither poisoning the unseen values nor erasing them is noticed."""
+  drop = {"text": 0.6, "audio": 0.5, "vision": 0.4}
+  masked = masking.span(drop)(jax.random.key(3), case.batch)
+
+  def poison(m):
+    return m._replace(x=jnp.where(m.seen, m.x, 7 if m.x.ndim == 2 else 1e3).astype(m.x.dtype))
+
+  poisoned = masked._replace(**{n: poison(getattr(masked, n)) for n in types.MODALITIES})
+  ours = case.predict(case.params, masked, case.extra)["prediction"]
+  for other in (poisoned, masking.erase(masked)):
+    theirs = case.predict(case.params, other, case.extra)["prediction"]
+    np.testing.assert_array_equal(ours, theirs)
+  clean = case.predict(case.params, case.batch, case.extra)["prediction"]
+  assert np.abs(ours - clean).max() > 1e-7  # the mask did take something away
+
+
+@pytest.mark.parametrize("name", types.MODALITIES)
+def test_padding_changes_no_prediction(case, name):
+  if case.name in READS_PADDING:
+    pytest.skip("the published model reads padding")
+  m = getattr(case.batch, name)
+  valid = m.valid if m.x.ndim == 2 else m.valid[..., None]
+  other = m._replace(x=jnp.where(valid, m.x, 7).astype(m.x.dtype))
+  if name != "text" and case.name in PACKS_WITH_TEXT:  # which may be longer
+    steps = jnp.arange(m.x.shape[1]) < case.batch.text.valid.sum(1, keepdims=True)
+    other = m._replace(x=jnp.where(steps[..., None], m.x, 7.0))
+  ours = case.predict(case.params, case.batch, case.extra)["prediction"]
+  theirs = case.predict(case.params, case.batch._replace(**{name: other}), case.extra)
+  np.testing.assert_allclose(ours, theirs["prediction"], atol=1e-6)
+
+
+def test_randomness_only_with_a_key(case):
+  for phase in case.system.phases:
+    gradient = case.gradients[phase.name]
+    first, again, other = (
+      float(gradient(case.params, case.batch, make_key(seed), case.extra)[0][0])
+      for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    loss = jax.jit(phase.loss)
+    drawn = [
+      "rng_bit_generator" in loss.lower(case.params, case.batch, key, case.extra).as_text()
+      for key in (make_key(0), None)
+    ]
+    assert drawn == [True, False]
+
+
+def test_misa_packs_with_the_lengths_that_it_is_told():
+  """"own" reads what lies beyond the text's length, "text" does not."""
+  case = make_case("misa", "regression")
+  audio = case.batch.audio._replace(valid=jnp.ones((ROWS, AUDIO[0]), bool))
+  batch = case.batch._replace(audio=audio)
+  beyond = jnp.arange(AUDIO[0])[:, None] >= TEXT[0]
+  other = batch._replace(audio=audio._replace(x=jnp.where(beyond, 1.0, audio.x)))
+  own = models.MODELS["misa"](**SETTINGS["misa"], pack="own")
+  for predict, same in ((case.predict, True), (jax.jit(own.predict), False)):
+    ours, theirs = (predict(case.params, b, {})["prediction"] for b in (batch, other))
+    assert bool((ours == theirs).all()) is same
+  with pytest.raises(ValueError, match="pack"):
+    models.MODELS["misa"](pack="mine")
