@@ -97,10 +97,15 @@ class EpochReport(NamedTuple):
 def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainState:
   """Initial parameters, optimizer states and extra of a run."""
   params, extra = recipe.system.init(jax.random.fold_in(key, INIT), spec)
-  opt = {
-    phase.name: recipe.optimizers[phase.name].init(optim.split(params, phase.trains)[0])
-    for phase in recipe.system.phases
-  }
+
+  @jax.jit  # one program, not one for each shape
+  def init_optimizers(params):
+    return {
+      phase.name: recipe.optimizers[phase.name].init(optim.split(params, phase.trains)[0])
+      for phase in recipe.system.phases
+    }
+
+  opt = init_optimizers(params)
   return types.TrainState(jnp.int32(0), params, opt, extra)
 
 
@@ -189,7 +194,7 @@ def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGK
     _, metrics = jax.eval_shape(make_step(recipe, phase), state, batch, key)
     sums[phase.name] = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
   # copies: the state's own buffers are donated to the first step
-  best = jax.tree.map(jnp.copy, {"params": state.params, "extra": state.extra})
+  best = _copy({"params": state.params, "extra": state.extra})
   zero = np.int32(0)
   return Progress(state, best, np.float32(-np.inf), np.int32(-1), zero, zero, zero, sums)
 
@@ -320,6 +325,11 @@ def fit_together(
     yield reports
 
 
+@jax.jit
+def _copy(tree):
+  return jax.tree.map(jnp.copy, tree)
+
+
 def _stack(trees):
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -345,7 +355,7 @@ def _finish_epoch(recipe, progress, valid, rows, batch_size) -> EpochReport:
   if is_best:  # copies: the next step consumes the state's buffers
     best = {"params": progress.state.params, "extra": progress.state.extra}
     progress = progress._replace(
-      best=jax.tree.map(jnp.copy, best),
+      best=_copy(best),
       best_score=np.float32(score),
       best_epoch=np.int32(epoch),
     )

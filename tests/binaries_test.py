@@ -15,7 +15,7 @@ from data_prep import convert
 from mmjax import synthetic
 
 ROOT = pathlib.Path(__file__).parents[1]
-EPOCHS = 40
+EPOCHS = 12
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def wait_until(condition, process):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(folder, uninterrupted):
-  for epochs in (3, 20):
+  for epochs in (2, 6):
     process = train(folder, "killed", "--checkpoint_every=0")
     wait_until(lambda at=epochs: epochs_logged(folder / "killed") >= at, process)
     process.send_signal(signal.SIGKILL)

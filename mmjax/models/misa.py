@@ -131,7 +131,7 @@ def make(
 
   def init(key, spec):
     module = network(spec.num_classes or 1)
-    params = module.init(key, types.example_batch(spec))["params"]
+    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
     return encoder.with_weights(params), {}
 
   def predict(params, batch, extra):
