@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from experiments import run as run_lib
 from experiments import workdir as workdir_lib
-from mmjax import train
+from mmjax import data, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `misa.py:mosi`.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the converted datasets.")
@@ -32,17 +32,18 @@ _CHECKPOINT_EVERY = flags.DEFINE_float(
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  low, *high = (float(rate) for rate in _MISSING_RATE.value)
-  asked = {
-    "config": _CONFIG.value.to_dict(),
-    "method": _METHOD.value,
-    "missing_rate": [low, *(high or [low])],
-    "seed": _SEED.value,
-  }
   signals = []
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: signals.append(number))
   try:
+    low, *high = (float(rate) for rate in _MISSING_RATE.value)
+    asked = {
+      "config": _CONFIG.value.to_dict(),
+      "method": _METHOD.value,
+      "missing_rate": [low, *(high or [low])],
+      "seed": _SEED.value,
+      "data": data.read_card(_DATA_DIR.value, _CONFIG.value.data.name)["sha256"],
+    }
     dataset = run_lib.load_data(_CONFIG.value, _DATA_DIR.value)
     folder = workdir_lib.Workdir(_WORKDIR.value, asked, _DATA_DIR.value)
     run = run_lib.make_run(

@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 import toy
+from experiments import report
 from mmjax import evaluate, masking, plots, tables
 
 SPLIT = toy.make_batch(10, seed=3)
@@ -84,6 +86,31 @@ def test_conditions_are_parsed():
       evaluate.parse_rates(wrong)
   with pytest.raises(ValueError, match="letters"):
     evaluate.missing_condition("t")
+
+
+def test_methods_against_a_baseline(tmp_path, capsys):
+  """Mask seeds are averaged within a run; deltas, Welch's p and the paper's values follow."""
+  values = {"ORIG": [1.0, 1.2, 1.1], "M3S": [0.7, 0.9, 0.8]}
+  rows = [
+    {"method": method, "seed": seed, "mask_seed": mask_seed, "mae": value + shift}
+    for method, runs in values.items()
+    for seed, value in enumerate(runs)
+    for mask_seed, shift in enumerate((-0.1, 0.1))
+  ]
+  paper = pd.DataFrame(
+    [{"model": "Self-MM", "dataset": "SIMS", "method": "M3S", "metric": "mae", "value": 0.5053}]
+  )
+  table = report.comparison(rows, tmp_path, paper, model="self_mm", dataset="sims")
+  orig, m3s = table.to_dict("records")
+  assert (orig["method"], m3s["method"], m3s["n"]) == ("ORIG", "M3S", 3)
+  np.testing.assert_allclose([orig["mean"], m3s["mean"], m3s["delta"]], [1.1, 0.8, -0.3])
+  np.testing.assert_allclose([orig["std"], m3s["std"]], [0.1, 0.1])
+  t = 0.3 / np.sqrt(2 * 0.1**2 / 3)  # equal variances: 4 degrees of freedom
+  np.testing.assert_allclose(m3s["p"], 2 * stats.t.sf(t, 4))
+  assert np.isnan(orig["p"]) and m3s["paper"] == 0.5053 and np.isnan(orig["paper"])
+  assert "0.8000 ± 0.1000" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+  assert "toprule" in (tmp_path / "comparison.tex").read_text(encoding="utf-8")
+  assert "M3S" in capsys.readouterr().out
 
 
 def test_tables_and_curves(tmp_path):
