@@ -52,18 +52,19 @@ def prefix_mask(lengths: np.ndarray | None, x: np.ndarray) -> np.ndarray:
 
 def batch(z: Arrays, prefix: str = "input/") -> types.Batch:
   """The batch in a model file: text_bert, audio, vision, labels, and lengths where given."""
-  given = under(z, prefix)
-  ids, mask, segments = given["text_bert"].transpose(1, 0, 2)
+  ids, mask, segments = z[f"{prefix}text_bert"].transpose(1, 0, 2)
   rows = len(ids)
-  features = {
-    name: modality(given[name], prefix_mask(given.get(f"{name}_lengths"), given[name]))
-    for name in ("audio", "vision")
-  }
+
+  def features(name):
+    x = z[f"{prefix}{name}"]
+    return modality(x, prefix_mask(z.get(f"{prefix}{name}_lengths"), x))
+
   return types.Batch(
     text=modality(ids, mask),
-    **features,
-    label=jnp.asarray(given["labels"]).reshape(-1),
-    index=jnp.asarray(given.get("indexes", np.arange(rows)), jnp.int32),
+    audio=features("audio"),
+    vision=features("vision"),
+    label=jnp.asarray(z[f"{prefix}labels"]).reshape(-1),
+    index=jnp.asarray(z.get(f"{prefix}indexes", np.arange(rows)), jnp.int32),
     weight=jnp.ones(rows),
     info={"segment_ids": jnp.asarray(segments, jnp.int32)} if segments.any() else {},
   )
