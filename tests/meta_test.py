@@ -148,16 +148,16 @@ def test_orig_keeps_its_masks_and_spl_draws_them_afresh():
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_support_and_query_are_masked_on_their_own(fresh):
-  """The inner losses' masks, told apart by a loss that counts the observed steps."""
+  """The masks of the inner and outer losses, told apart by a value that tells the mask."""
+  weights = np.random.default_rng(0).normal(size=(16, toy.SHAPES["text"][0]))
 
   def loss(params, batch, key, extra):
     del key
-    rows = batch.text.seen[..., 0] * 2.0 ** jnp.arange(toy.SHAPES["text"][0])
-    value = jnp.sum(rows)  # a number that tells the mask
+    value = jnp.sum(batch.text.seen[..., 0] * weights)
     return value + params["theta"], types.Aux({"mask": value}, extra)
 
-  batch = toy.make_batch(8)
-  batch = jax.tree.map(lambda a: np.concatenate([a[:4], a[:4]]), batch)  # X1 == X2
+  batch = toy.make_batch(32)
+  batch = jax.tree.map(lambda a: np.concatenate([a[:16], a[:16]]), batch)  # X1 == X2
   key = jax.random.key(3)
   keys = meta.meta_keys(key, 3, fresh)
   params = {"theta": jnp.float32(0)}
