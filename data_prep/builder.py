@@ -40,7 +40,7 @@ def write(
   def feature(value):
     if value.dtype == object:
       return tfds.features.Text()
-    # raw bytes: a list of floats takes fifty times as long to write, and float64 would be cut
+    # raw bytes: a list of floats takes 15 times as long to write, and float64 would be cut
     encoding = tfds.features.Encoding.BYTES
     return tfds.features.Tensor(shape=value.shape[1:], dtype=value.dtype, encoding=encoding)
 
