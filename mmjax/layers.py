@@ -239,3 +239,18 @@ def mean_over_steps(x: Array, valid: Array) -> Array:
   """[B, L, D] -> [B, D]: the sum of the valid steps over their number (0 if there is none)."""
   weight = valid.astype(x.dtype)[..., None]
   return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+
+
+POOLINGS = ("first", "mean")
+
+
+def check_pooling(pooling: str) -> None:
+  """Raises ValueError for a pooling that `pool` does not know."""
+  if pooling not in POOLINGS:
+    raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}.")
+
+
+def pool(x: Array, valid: Array, pooling: str) -> Array:
+  """[B, L, D] -> [B, D]: the "first" step ([CLS]) or the "mean" of the valid steps."""
+  check_pooling(pooling)
+  return x[:, 0] if pooling == "first" else mean_over_steps(x, valid)

@@ -1,0 +1,233 @@
+"""Self-MM: self-supervised unimodal labels beside the multimodal task (Yu et al. 2021).
+
+Text is one token's BERT state (or their mean), audio and vision the last states of an LSTM.
+Four heads predict, one from all three vectors (M) and one from each (T, A, V). Nobody
+annotated the modalities, so the unimodal labels are generated: a modality whose features lie
+nearer to the positive centre than the fusion's do gets a more positive label. The tables of
+labels and features live in `extra`.
+
+Paper: https://arxiv.org/abs/2102.04830. Parity: MMSA's implementation and its quirks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax import bert as bert_lib
+from mmjax import layers, losses, masking, torch_import, types
+
+Array = types.Array
+TASKS = ("fusion", "text", "audio", "vision")
+EPS = 1e-8
+
+
+class Head(nn.Module):
+  """Returns the task's feature vector [B, H] and its scores [B, C]."""
+
+  size: int
+  dropout: float
+  num_outputs: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> tuple[Array, Array]:
+    x = layers.Dropout(self.dropout)(x)
+    feature = jax.nn.relu(layers.Dense(self.size, name="layer_1")(x))
+    hidden = jax.nn.relu(layers.Dense(self.size, name="layer_2")(feature))
+    return feature, layers.Dense(self.num_outputs, name="layer_3")(hidden)
+
+
+class SelfMM(nn.Module):
+  """The network; see `make` for the attributes."""
+
+  num_outputs: int
+  lstm_sizes: Sequence[int]
+  out_sizes: Sequence[int]
+  lstm_dropout: Sequence[float]
+  head_sizes: Sequence[int]
+  head_dropout: Sequence[float]
+  bert: bert_lib.BertConfig
+  pooling: str
+
+  @nn.compact
+  def __call__(self, batch: types.Batch) -> dict[str, Array]:
+    states = bert_lib.text_states(self.bert, batch)  # [B, L, D]
+    vectors = {"text": layers.pool(states, batch.text.valid, self.pooling)}
+    for n, name in enumerate(("audio", "vision")):
+      m = getattr(batch, name)
+      _, final = layers.LSTM(self.lstm_sizes[n], name=f"{name}_rnn")(masking.observed(m), m.valid)
+      final = layers.Dropout(self.lstm_dropout[n])(final)
+      vectors[name] = layers.Dense(self.out_sizes[n], name=f"{name}_out")(final)
+    inputs = {"fusion": jnp.concatenate(list(vectors.values()), -1), **vectors}
+    out = {"text_states": states} | {f"utt_{name}": v for name, v in vectors.items()}
+    for n, task in enumerate(TASKS):
+      head = Head(self.head_sizes[n], self.head_dropout[n], self.num_outputs, name=f"post_{task}")
+      out[f"feature_{task}"], scores = head(inputs[task])
+      out[f"prediction_{task}"] = scores[:, 0] if self.num_outputs == 1 else scores
+    return {**out, "prediction": out["prediction_fusion"]}
+
+
+def centers(label: Array, feature: Array, exclude_zero: bool = True) -> tuple[Array, Array]:
+  """Mean feature of the positive and of the negative samples (§3.3, eq. 7-8).
+
+  Args:
+    label: [N] labels of one task; NaN where the sample was not met yet.
+    feature: [N, H] its features.
+    exclude_zero: whether zero labels count as neither, else as positive.
+
+  Returns:
+    Positive and negative centre, [H] each; 0 without a sample.
+  """
+
+  def mean(chosen):
+    return chosen.astype(feature.dtype) @ feature / jnp.maximum(chosen.sum(), 1)
+
+  return mean(label > 0 if exclude_zero else label >= 0), mean(label < 0)
+
+
+def _distance(feature, table_label, table_feature, exclude_zero):
+  """[B] relative distance δ: positive where the positive centre is nearer."""
+  positive, negative = centers(table_label, table_feature, exclude_zero)
+  to_positive = jnp.linalg.norm(feature - positive, axis=-1)
+  to_negative = jnp.linalg.norm(feature - negative, axis=-1)
+  return (to_negative - to_positive) / (to_positive + EPS)
+
+
+def update_tables(
+  tables: Mapping[str, Any],
+  features: Mapping[str, Array],
+  index: Array,
+  epoch: Array,
+  *,
+  bound: float,
+  exclude_zero: bool = True,
+) -> dict[str, Any]:
+  """One step of unimodal label generation (§3.3, eq. 9-14): labels first, features after.
+
+  The labels move from the second epoch on, with the centres as they were before the step. The
+  relative distance is divided by the distance to the positive centre, as in the code.
+
+  Args:
+    tables: {"label": {task: [N]}, "feature": {task: [N, H]}}.
+    features: {task: [B, H]} of this step.
+    index: [B] rows.
+    epoch: [] from 0.
+    bound: generated labels are clipped to ±bound.
+    exclude_zero: see `centers`.
+
+  Returns:
+    The successor of `tables`.
+  """
+  label, feature = dict(tables["label"]), dict(tables["feature"])
+  delta = {t: _distance(features[t], label[t], feature[t], exclude_zero) for t in TASKS}
+  truth, n = label["fusion"][index], (epoch + 1).astype(jnp.float32)
+  for task in TASKS[1:]:
+    ratio = delta[task] / (delta["fusion"] + EPS)
+    shifted = truth + delta[task] - delta["fusion"]
+    new = jnp.clip(0.5 * ratio * truth + 0.5 * shifted, -bound, bound)
+    old = label[task][index]
+    moved = (n - 1) / (n + 1) * old + 2 / (n + 1) * new
+    label[task] = label[task].at[index].set(jnp.where(n > 1, moved, old))
+  feature = {task: feature[task].at[index].set(features[task]) for task in TASKS}
+  return {"label": label, "feature": feature}
+
+
+def make(
+  *,
+  lstm_sizes: Sequence[int] = (16, 32),
+  out_sizes: Sequence[int] = (16, 32),
+  lstm_dropout: Sequence[float] = (0.0, 0.0),
+  head_sizes: Sequence[int] = (128, 32, 16, 32),
+  head_dropout: Sequence[float] = (0.0, 0.1, 0.1, 0.0),
+  bound: float = 3.0,
+  exclude_zero: bool = True,
+  pooling: str = "first",
+  bert: Mapping[str, Any] | None = None,
+) -> types.System:
+  """Self-MM as a system; the defaults are MMSA's for MOSI.
+
+  Labels that are classes have no polarity, so nothing can be generated from centres: the
+  unimodal heads then learn the multimodal label by cross-entropy (our choice).
+
+  Args:
+    lstm_sizes: width of the audio and the vision LSTM.
+    out_sizes: width of the audio and the vision vector.
+    lstm_dropout: of the LSTMs' last states.
+    head_sizes: H of the heads: fusion, text, audio, vision.
+    head_dropout: of the heads' inputs.
+    bound: largest magnitude of a generated label; the end of the dataset's scale.
+    exclude_zero: whether zero labels belong to neither centre.
+    pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
+      of the states. With precomputed states [CLS] has read words that are missing now.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+
+  Returns:
+    The system. Its one phase, "main", logs the parts M, T, A and V.
+  """
+  layers.check_pooling(pooling)
+  encoder = bert_lib.setup(bert)
+  sizes = (lstm_sizes, out_sizes, lstm_dropout, head_sizes, head_dropout)
+  sizes = tuple(tuple(size) for size in sizes)
+  if [len(size) for size in sizes] != [2, 2, 2, 4, 4]:
+    raise ValueError("self_mm: LSTMs need two sizes (audio, vision), heads four (fusion, …).")
+
+  def network(num_outputs):
+    return SelfMM(num_outputs, *sizes, encoder.config, pooling)
+
+  def apply(params, batch, key=None):
+    rngs = None if key is None else {"dropout": key}
+    num_outputs = params["post_fusion"]["layer_3"]["bias"].shape[0]
+    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
+
+  def init(key, spec):
+    module = network(spec.num_classes or 1)
+    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
+    rows = spec.num_train
+    extra = {
+      "epoch": jnp.int32(0),
+      "label": {task: jnp.full(rows, jnp.nan) for task in TASKS},  # NaN: not met yet
+      "feature": {t: jnp.zeros((rows, h)) for t, h in zip(TASKS, head_sizes, strict=True)},
+    }
+    return encoder.with_weights(params), {} if spec.num_classes else extra
+
+  def predict(params, batch, extra):
+    del extra
+    return apply(params, batch)
+
+  def loss(params, batch, key, extra):
+    out = apply(params, batch, key)
+    prediction = {task: out[f"prediction_{task}"] for task in TASKS}
+    if prediction["fusion"].ndim == 2:
+      task_loss = losses.task_loss(prediction["fusion"].shape[1])
+      parts = {t[0].upper(): task_loss(prediction[t], batch.label).mean() for t in TASKS}
+      parts["M"] = parts.pop("F")
+      return sum(parts.values()), types.Aux(parts, extra)
+    known = {task: table[batch.index] for task, table in extra["label"].items()}
+    known = {task: jnp.where(jnp.isnan(own), batch.label, own) for task, own in known.items()}
+    table = {task: extra["label"][task].at[batch.index].set(known[task]) for task in TASKS}
+    parts = {}
+    for task, name in zip(TASKS, "MTAV", strict=True):
+      error = losses.absolute_error(prediction[task], known[task])
+      weight = jnp.tanh(jnp.abs(known[task] - known["fusion"])) if name != "M" else 1.0
+      parts[name] = (weight * error).mean()
+    features = {task: jax.lax.stop_gradient(out[f"feature_{task}"]) for task in TASKS}
+    successor = update_tables(
+      {"label": table, "feature": extra["feature"]}, features, batch.index, extra["epoch"],
+      bound=bound, exclude_zero=exclude_zero,
+    )  # fmt: skip
+    return sum(parts.values()), types.Aux(parts, {**extra, **successor})
+
+  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+
+
+TORCH_RULES = (
+  *bert_lib.torch_rules(r"text_model\.model\.", "bert"),
+  *torch_import.lstm_rules(r"audio_model\.rnn", "audio_rnn", bidirectional=False),
+  *torch_import.lstm_rules(r"video_model\.rnn", "vision_rnn", bidirectional=False),
+  (r"audio_model\.linear_1\.(weight|bias)", r"audio_out/\1"),
+  (r"video_model\.linear_1\.(weight|bias)", r"vision_out/\1"),
+  (r"post_video_layer_(\d)\.(weight|bias)", r"post_vision/layer_\1/\2"),
+  (r"post_(fusion|text|audio)_layer_(\d)\.(weight|bias)", r"post_\1/layer_\2/\3"),
+)
