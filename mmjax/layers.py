@@ -57,6 +57,32 @@ class Dropout(nn.Module):
     return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
 
 
+class BatchNorm(nn.Module):
+  """nn.BatchNorm1d over [B, D]: linen's keeps a biased variance, PyTorch's an unbiased one.
+
+  Running statistics are in the collection "batch_stats"; `train` normalizes by the batch.
+  """
+
+  momentum: float = 0.1  # weight of the batch in the running statistics
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    chex.assert_rank(x, 2)
+    rows, width = x.shape
+    mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+    var = self.variable("batch_stats", "var", jnp.ones, width)
+    now, spread = mean.value, var.value
+    if train:
+      now, spread = x.mean(0), x.var(0)
+      if not self.is_initializing():
+        mean.value += self.momentum * (now - mean.value)
+        var.value += self.momentum * (spread * rows / max(rows - 1, 1) - var.value)
+    scale = self.param("scale", nn.initializers.ones, (width,))
+    bias = self.param("bias", nn.initializers.zeros, (width,))
+    return (x - now) / jnp.sqrt(spread + self.epsilon) * scale + bias
+
+
 class LSTM(nn.Module):
   """One direction of nn.LSTM: gates i, f, g, o and two biases.
 

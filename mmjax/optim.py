@@ -75,13 +75,14 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
   raise ValueError(f"unknown learning-rate schedule {name!r}.")
 
 
-def _one(name, rate, weight_decay, momentum, eps_root):
+def _one(name, rate, weight_decay, momentum, b1, clip_norm, eps_root):
   """One parameter group. `weight_decay` is PyTorch's: added to the gradient, but for adamw."""
+  first = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   if name == "adamw":
-    return optax.adamw(rate, weight_decay=weight_decay, eps_root=eps_root)
-  decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    return optax.chain(*first, optax.adamw(rate, b1, weight_decay=weight_decay, eps_root=eps_root))
+  decay = first + ([optax.add_decayed_weights(weight_decay)] if weight_decay else [])
   if name == "adam":
-    return optax.chain(*decay, optax.adam(rate, eps_root=eps_root))
+    return optax.chain(*decay, optax.adam(rate, b1, eps_root=eps_root))
   if name == "sgd":
     return optax.chain(*decay, optax.sgd(rate, momentum=momentum or None))
   raise ValueError(f"unknown optimizer {name!r}, expected adam, adamw or sgd.")
@@ -94,6 +95,7 @@ def make(
   learning_rate: float | Mapping[str, Any] = 1e-3,
   weight_decay: float = 0.0,
   momentum: float = 0.0,
+  b1: float = 0.9,
   clip_value: float | None = None,
   clip_norm: float | None = None,
   accumulate: int = 1,
@@ -108,13 +110,15 @@ def make(
     learning_rate: a constant or a schedule, see `schedule`.
     weight_decay: L2 term added to the gradient (adam, sgd) or decoupled (adamw).
     momentum: of sgd.
+    b1: decay of Adam's first moment.
     clip_value: clips each gradient entry to [-clip_value, clip_value].
     clip_norm: clips the global norm over all parameters.
     accumulate: number of steps whose gradients are summed before each update.
     differentiable: for an inner optimizer of second-order M³S: keeps the derivative of
       Adam's square root finite at zero gradients.
-    groups: ((path regex, {settings that differ: learning_rate, weight_decay, …}), …); the
-      first regex found in a parameter's path decides, "" stands for all.
+    groups: ((path regex, {settings that differ: name, learning_rate, weight_decay,
+      momentum, b1, or a clip_norm of their own}), …); the first regex found in a parameter's
+      path decides, "" stands for all.
 
   Returns:
     The optax transformation.
@@ -125,16 +129,18 @@ def make(
     "learning_rate": learning_rate,
     "weight_decay": weight_decay,
     "momentum": momentum,
+    "b1": b1,
   }
 
   def group(settings):
     settings = {**base, **settings}
     rate = schedule(settings.pop("learning_rate"), total_steps)
+    clip = settings.pop("clip_norm", None)
     unknown = set(settings) - set(base)
     if unknown:
       raise ValueError(f"unknown settings of an optimizer group: {sorted(unknown)}.")
     eps_root = DIFFERENTIABLE_EPS_ROOT if differentiable else 0.0
-    return _one(rate=rate, eps_root=eps_root, **settings)
+    return _one(rate=rate, clip_norm=clip, eps_root=eps_root, **settings)
 
   patterns = [(pattern, group(settings)) for pattern, settings in groups] + [("", group({}))]
 

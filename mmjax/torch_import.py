@@ -58,11 +58,13 @@ def _targets(path: str) -> list[str]:
   return [f"{parent}/{name}".lstrip("/") for name in ("kernel", "scale", "embedding")]
 
 
-def _convert(value: np.ndarray, path: str) -> np.ndarray:
-  """PyTorch's layout -> ours, by the name and rank of what the array becomes."""
+def convert(value: np.ndarray, path: str) -> np.ndarray:
+  """An array in PyTorch's layout -> in ours, by the name and rank of what it becomes."""
   leaf = path.rpartition("/")[2]
   if (leaf.endswith("kernel") and value.ndim == 2) or leaf in _TRANSPOSED:
     return value.T
+  if leaf.endswith("kernel") and value.ndim == 4 and value.shape[1] == 1:
+    value = value[:, 0].swapaxes(1, 2)  # Conv2d over (steps, all channels): a Conv1d
   if leaf.endswith("kernel") and value.ndim == 3:
     return value.transpose(2, 1, 0)
   return value
@@ -74,6 +76,16 @@ def _target(name: str, rules: Rules) -> str | None:
     if match := re.fullmatch(pattern, name.removeprefix("Model.")):
       return None if target is None else match.expand(target)
   return ""
+
+
+def locate(template: types.Params, name: str, rules: Rules) -> str | None:
+  """The "a/b/c" path of the parameter that a published name stands for, or None."""
+  flat = flax.traverse_util.flatten_dict(template, sep="/")
+  return _find(flat, _target(name, rules))
+
+
+def _find(flat: Mapping, target: str | None) -> str | None:
+  return None if target is None else next((p for p in _targets(target) if p in flat), None)
 
 
 def ignored(names: Iterable[str], rules: Rules) -> list[str]:
@@ -106,11 +118,11 @@ def from_torch(
     target = _target(name, rules)
     if target is None:
       continue
-    path = next((path for path in _targets(target) if path in flat), None)
+    path = _find(flat, target)
     if path is None:
       unknown.append(f"{name} (no parameter {target})" if target else name)
       continue
-    array = _convert(np.asarray(value), path)
+    array = convert(np.asarray(value), path)
     if path in found:
       unknown.append(f"{name} (a second value for {path})")
     elif array.shape != flat[path].shape:
