@@ -1,52 +1,75 @@
-"""Compares training methods over seeds: the protocol of the M³S paper's tables.
+"""Compares training methods over seeds: the protocol of the M³S paper's tables and figures.
 
-python -m experiments.compare --config=experiments/configs/misa.py:mosi --data_dir=data \\
-    --out=runs/misa --methods=orig,spl,m3s --missing_rate=0.4,0.6 --seeds=3
+python -m experiments.compare --config=experiments/configs/self_mm.py:sims --data_dir=data \\
+    --out=runs/self_mm --missing_rate=0.4,0.6 --test_rate=0.4,0.6 --test_rate=0.6,0.8 --seeds=5
 
-Trains every (method, seed) that is not finished yet, one process per core; evaluates the epoch
-that is best on validation, on test data of the same (or --test_rate) missing rate.
+Trains every (missing rate, method, seed) that is not finished yet and evaluates the epoch that
+is best on validation. Both rates may be given several times. Writes comparison.{csv,md,tex}
+(mean ± std, difference to ORIG, p-values, the paper's values), robustness.* (test rates 0-0.9)
+and epochs_{valid,test}.png (metrics against the epoch).
 """
 
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent import futures
 
+import jax
 import pandas as pd
 from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import report
 from experiments import run as run_lib
+from experiments import workdir as workdir_lib
 from mmjax import evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `misa.py:mosi`.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the converted datasets.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the runs and of the tables.")
 _METHODS = flags.DEFINE_list("methods", list(run_lib.METHODS), "Methods; ORIG is the baseline.")
-_MISSING_RATE = flags.DEFINE_string("missing_rate", "0.4,0.6", "Missing rate in training.")
-_TEST_RATE = flags.DEFINE_string("test_rate", None, "Missing rate in testing; as in training.")
+_MISSING_RATE = flags.DEFINE_multi_string("missing_rate", "0.4,0.6", "Missing rate in training.")
+_TEST_RATE = flags.DEFINE_multi_string("test_rate", [], "Missing rate in testing; as in training.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of runs per method.", lower_bound=1)
 _MASK_SEEDS = flags.DEFINE_integer("mask_seeds", 3, "Test masks per run.", lower_bound=1)
+_SCHEDULE = flags.DEFINE_enum(
+  "schedule", "auto", ("auto", "together", "processes"),
+  "All seeds of a method as one program, or a process per run; auto: together on accelerators.",
+)  # fmt: skip
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "Trainings at a time.")
 
 PAPER = pathlib.Path(__file__).with_name("paper_m3s.csv")
 
 
-def train_all(folders: dict[tuple[str, int], pathlib.Path]) -> None:
-  """Trains each (method, seed) in its folder, each process on a core of its own."""
+def folder_of(rate: str, method: str, seed: int) -> pathlib.Path:
+  return pathlib.Path(_OUT.value) / f"{method}-{rate}" / f"seed-{seed}"
+
+
+def open_folder(rate: str, method: str, seed: int) -> workdir_lib.Workdir:
+  """The folder of a run; it refuses to serve another config."""
+  asked = run_lib.describe(
+    _CONFIG.value, _DATA_DIR.value, method=method, seed=seed,
+    missing_rate=run_lib.parse_interval(rate),
+  )  # fmt: skip
+  return workdir_lib.Workdir(folder_of(rate, method, seed), asked, _DATA_DIR.value)
+
+
+def train_in_processes(left: Sequence[tuple[str, str, int]]) -> None:
+  """Trains each (rate, method, seed) in its folder, each process on a core of its own."""
   config = [flag for flag in sys.argv[1:] if flag.startswith("--config")]
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   free = list(range(_PROCESSES.value))
 
-  def train_one(item):
-    (method, seed), folder = item
+  def train_one(key):
+    rate, method, seed = key
     slot = free.pop()
     command = [
       sys.executable, "-m", "experiments.train", *config, f"--data_dir={_DATA_DIR.value}",
-      f"--workdir={folder}", f"--method={method}", f"--missing_rate={_MISSING_RATE.value}",
-      f"--seed={seed}",
+      f"--workdir={folder_of(*key)}", f"--method={method}", f"--missing_rate={rate}",
+      f"--seed={seed}", "--log_test",
     ]  # fmt: skip
     alone = _PROCESSES.value > 1 and cores
     pin = (lambda: os.sched_setaffinity(0, {cores[slot % len(cores)]})) if alone else None
@@ -54,36 +77,81 @@ def train_all(folders: dict[tuple[str, int], pathlib.Path]) -> None:
     free.append(slot)
     if done.returncode:
       raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    print(f"{method}, seed {seed}: {done.stdout.splitlines()[0]}", flush=True)
+    print(f"{method}, {rate}, seed {seed}: {done.stdout.splitlines()[0]}", flush=True)
 
   with futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
-    list(pool.map(train_one, folders.items()))
+    list(pool.map(train_one, left))
+
+
+def train_together(left: Sequence[tuple[str, str, int]], dataset) -> None:
+  """Trains the seeds of each (rate, method) as one program."""
+  for (rate, method), keys in itertools.groupby(left, key=lambda key: key[:2]):
+    keys = list(keys)
+    runs = [
+      run_lib.make_run(
+        _CONFIG.value, dataset, method=method, seed=seed,
+        missing_rate=run_lib.parse_interval(rate),
+      )
+      for _, _, seed in keys
+    ]  # fmt: skip
+    folders = [open_folder(*key) for key in keys]
+    path = folder_of(*keys[0]).parent / "together"
+    run_lib.execute_together(runs, folders, path, log_test=True)
+    for folder in folders:
+      folder.close()
+    print(f"{method}, {rate}, seeds {[seed for _, _, seed in keys]}", flush=True)
+
+
+def evaluate_all(keys: Sequence[tuple[str, str, int]], dataset) -> tuple[list[dict], list[dict]]:
+  """Rows of every test condition, and of every epoch in the logs; one compiled program."""
+  config = _CONFIG.value
+  tested = [evaluate.rate_condition(*run_lib.parse_interval(rate))
+            for rate in _TEST_RATE.value or _MISSING_RATE.value]  # fmt: skip
+  robustness = evaluate.make_robustness(
+    run_lib.make_system(config), dataset.test, dataset.spec,
+    [*tested, *evaluate.parse_rates("0:0.9:0.1")], range(_MASK_SEEDS.value),
+    mask_of=run_lib.make_mask_of(config),
+  )  # fmt: skip
+  rows, epochs = [], []
+  for rate, method, seed in keys:
+    run = run_lib.make_run(
+      config, dataset, method=method, seed=seed, missing_rate=run_lib.parse_interval(rate)
+    )
+    folder = open_folder(rate, method, seed)
+    told = {
+      "missing_rate": rate.replace(",", "-"), "method": run_lib.METHODS[method], "seed": seed
+    }  # fmt: skip
+    rows += [{**told, **row} for row in robustness(**run_lib.read_best(run, folder))]
+    for line in folder.history():
+      loss = next(value for name, value in reversed(line["train"].items()) if "loss" in name)
+      for split in ("valid", "test"):
+        told_epoch = {**told, "split": split, "epoch": line["epoch"], "train_loss": loss}
+        epochs.append({**told_epoch, **line.get(split, {})})
+    folder.close()
+  return rows, epochs
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  try:
+    keys = list(itertools.product(_MISSING_RATE.value, _METHODS.value, range(_SEEDS.value)))
+    left = [key for key in keys if not open_folder(*key).is_done]
+    dataset = run_lib.load_data(_CONFIG.value, _DATA_DIR.value)
+    if left:
+      together = _SCHEDULE.value == "together"
+      if _SCHEDULE.value == "auto":
+        together = jax.default_backend() != "cpu"
+      train_together(left, dataset) if together else train_in_processes(left)
+    rows, epochs = evaluate_all(keys, dataset)
+  except ValueError as error:
+    sys.exit(f"error: {error}")
   out = pathlib.Path(_OUT.value)
-  test_rate = _TEST_RATE.value or _MISSING_RATE.value
-  keys = [(method, seed) for seed in range(_SEEDS.value) for method in _METHODS.value]
-  folders = {(m, s): out / f"{m}-{_MISSING_RATE.value}" / f"seed-{s}" for m, s in keys}
-  train_all(folders)
-  condition = evaluate.rate_condition(*(float(rate) for rate in test_rate.split(",")))
-  grid = [condition, *evaluate.parse_rates("0:0.9:0.1")]
-  rows = []
-  for (method, seed), folder in folders.items():
-    run, best = run_lib.load_run(folder, _DATA_DIR.value)
-    found = evaluate.robustness(
-      run.recipe.system, best["params"], best["extra"], run.dataset.test, run.dataset.spec,
-      grid, range(_MASK_SEEDS.value), mask_of=run_lib.make_mask_of(run.config),
-    )  # fmt: skip
-    rows += [{"method": run_lib.METHODS[method], "seed": seed, **row} for row in found]
-  report.robustness(rows, out, by=("method", "kind", "condition"), lines="method")
-  paper = pd.read_csv(PAPER)
+  by = ("missing_rate", "method", "kind", "condition")
+  report.robustness(rows, out, by=by, lines="method")
+  report.epochs(epochs, out)
   report.comparison(
-    [row for row in rows if row["condition"] == condition.name], out,
-    paper[paper["input_rate"].eq(_MISSING_RATE.value.replace(",", "-"))
-          & paper["test_rate"].eq(test_rate.replace(",", "-"))],
+    rows, out, pd.read_csv(PAPER),
     model=_CONFIG.value.model.name, dataset=_CONFIG.value.data.name,
   )  # fmt: skip
 

@@ -1,8 +1,10 @@
 """From a config to everything that a training run needs; shared by all binaries."""
 
 import functools
+import pathlib
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ import ml_collections
 import tqdm
 
 from experiments import workdir
-from mmjax import data, evaluate, masking, meta, metrics, models, optim, train, types
+from mmjax import checkpoint, data, evaluate, masking, meta, metrics, models, optim, train, types
 
 # The training methods and how the paper writes them.
 METHODS = {"orig": "ORIG", "spl": "SPL-TRN", "m3s": "M3S"}
@@ -28,6 +30,7 @@ class Run(NamedTuple):
     dataset: the data.
     recipe: how to train.
     validate: `(params, extra) -> metrics` on the validation split.
+    test: the same on the test split; it selects nothing.
     key: the run's key.
   """
 
@@ -35,6 +38,7 @@ class Run(NamedTuple):
   dataset: data.Dataset
   recipe: train.Recipe
   validate: Callable
+  test: Callable
   key: types.PRNGKey
 
 
@@ -106,14 +110,14 @@ def make_run(
   system = make_system(config)
   settings = config.train
   rows = dataset.train.index.shape[0]
-  total = settings.epochs * max(rows // min(settings.batch_size, rows), 1)
-  overrides = config.get("phase_optimizer", {})
+  overrides = config.get("phase_optimizer", ml_collections.ConfigDict()).to_dict()
   recipe = train.Recipe(
     system=system,
     method=make_method(config, method, missing_rate),
     optimizers={
       phase.name: optim.make(
-        total_steps=total, **{**config.optimizer, **overrides.get(phase.name, {})}
+        total_steps=train.total_steps(phase, settings.epochs, rows, settings.batch_size),
+        **{**config.optimizer.to_dict(), **overrides.get(phase.name, {})},
       )
       for phase in system.phases
     },
@@ -124,15 +128,18 @@ def make_run(
     larger_is_better=settings.select not in metrics.LOWER_IS_BETTER,
     patience=settings.patience or None,
   )
-  validate = evaluate.make_validator(
-    system,
-    dataset.valid,
-    dataset.spec,
-    evaluate.rate_condition(*missing_rate),
-    mask_of=make_mask_of(config),
-    seed=seed,
+  validate, test = (
+    evaluate.make_validator(
+      system,
+      split,
+      dataset.spec,
+      evaluate.rate_condition(*missing_rate),
+      mask_of=make_mask_of(config),
+      seed=seed,
+    )
+    for split in (dataset.valid, dataset.test)
   )
-  return Run(config, dataset, recipe, validate, jax.random.key(seed))
+  return Run(config, dataset, recipe, validate, test, jax.random.key(seed))
 
 
 def execute(
@@ -141,6 +148,7 @@ def execute(
   *,
   checkpoint_every: float = 60.0,
   should_stop=lambda: False,
+  log_test: bool = False,
   show_progress: bool = True,
 ) -> train.Progress:
   """Trains a run to its end in its folder, from wherever the folder stands.
@@ -150,6 +158,7 @@ def execute(
     folder: its folder.
     checkpoint_every: seconds between two checkpoints, at least.
     should_stop: asked between stretches of steps; True saves and raises `Interrupted`.
+    log_test: whether to log the test split's metrics too, for figures.
     show_progress: whether to draw a progress bar.
 
   Returns:
@@ -179,7 +188,7 @@ def execute(
     reports = train.fit(recipe, dataset.train, run.validate, progress, run.key, pause=pause)
     for report in reports:
       progress = report.progress
-      folder.log(report)
+      folder.log(report, _test(run, report) if log_test else None)
       loss = next(v for k, v in report.train.items() if k.endswith("loss"))
       bar.set_postfix(
         {"loss": f"{loss:.4f}", recipe.select: f"{report.valid[recipe.select]:.4f}",
@@ -187,8 +196,60 @@ def execute(
       )  # fmt: skip
       bar.update()
       pause(progress)
-  folder.save(progress)
+  folder.finish(progress)
   return progress
+
+
+def _test(run: Run, report: train.EpochReport) -> dict[str, float]:
+  return run.test(report.progress.state.params, report.progress.state.extra)
+
+
+def execute_together(
+  runs: Sequence[Run],
+  folders: Sequence[workdir.Workdir],
+  path: pathlib.Path,
+  *,
+  checkpoint_every: float = 60.0,
+  log_test: bool = False,
+) -> None:
+  """Trains runs that differ in their seed only side by side, as one program.
+
+  Args:
+    runs: the runs.
+    folders: their folders; each ends up as `execute` would have left it.
+    path: folder of the common checkpoints; it is removed at the end.
+    checkpoint_every: seconds between two checkpoints, at least.
+    log_test: whether to log the test split's metrics too, for figures.
+  """
+  recipe, dataset = runs[0].recipe, runs[0].dataset
+  progresses = tuple(
+    train.start(recipe, dataset.train, dataset.spec, run.key) for run in runs
+  )
+  checkpoints = checkpoint.manager(path)
+  progresses = checkpoint.restore(checkpoints, progresses) or progresses
+  for folder, progress in zip(folders, progresses, strict=True):
+    folder.rewind(int(progress.epoch))
+  saved, progresses = time.monotonic(), list(progresses)
+  validates = [run.validate for run in runs]
+  together = train.fit_together(
+    recipe, dataset.train, validates, list(progresses), [run.key for run in runs]
+  )
+  first = max(int(progress.epoch) for progress in progresses)
+  with tqdm.tqdm(total=recipe.epochs, initial=first, unit="epoch", dynamic_ncols=True) as bar:
+    for reports in together:
+      for n, report in enumerate(reports):
+        if report is not None:
+          progresses[n] = report.progress
+          folders[n].log(report, _test(runs[n], report) if log_test else None)
+      bar.update()
+      if time.monotonic() - saved > checkpoint_every:
+        step = max(int(progress.epoch) for progress in progresses)
+        checkpoint.save(checkpoints, step, tuple(progresses))
+        saved = time.monotonic()
+  for folder, progress in zip(folders, progresses, strict=True):
+    folder.finish(progress)
+  checkpoints.close()
+  shutil.rmtree(path)
 
 
 def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
@@ -210,7 +271,46 @@ def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
     missing_rate=tuple(asked["missing_rate"]), seed=asked["seed"],
   )  # fmt: skip
   folder = workdir.Workdir(path, asked, data_dir)
-  progress = folder.read(train.start(run.recipe, dataset.train, dataset.spec, run.key))
-  if progress is None:
-    raise workdir.WorkdirError(f"{path} holds no checkpoint yet.")
-  return run, progress.best
+  best = read_best(run, folder)
+  folder.close()
+  return run, best
+
+
+def read_best(run: Run, folder: workdir.Workdir) -> dict:
+  """The selected {"params", "extra"} of a run in its folder."""
+
+  @jax.eval_shape
+  def template():
+    params, extra = run.recipe.system.init(run.key, run.dataset.spec)
+    return {"params": params, "extra": extra}
+
+  best = folder.read_best(template)
+  if best is None:
+    raise workdir.WorkdirError(f"{folder.path} holds no checkpoint yet.")
+  return best
+
+
+def describe(
+  config: ml_collections.ConfigDict,
+  data_dir: str,
+  *,
+  method: str,
+  missing_rate: tuple[float, float],
+  seed: int,
+) -> dict:
+  """What a run is asked for, as its folder records it."""
+  return {
+    "config": config.to_dict(),
+    "method": method,
+    "missing_rate": list(missing_rate),
+    "seed": seed,
+    "data": data.read_card(data_dir, config.data.name)["sha256"],
+  }
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+  """"0.4,0.6" -> (0.4, 0.6); a single rate is an interval of its own."""
+  low, *high = (float(rate) for rate in text.split(","))
+  if len(high) > 1:
+    raise ValueError(f"missing rate {text!r} is neither one number nor two.")
+  return low, *(high or [low])

@@ -14,18 +14,21 @@ from ml_collections import config_flags
 
 from experiments import run as run_lib
 from experiments import workdir as workdir_lib
-from mmjax import data, train
+from mmjax import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `misa.py:mosi`.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the converted datasets.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: log, checkpoints.")
 _METHOD = flags.DEFINE_enum("method", "m3s", list(run_lib.METHODS), "Training method.")
-_MISSING_RATE = flags.DEFINE_list(
-  "missing_rate", ["0.4", "0.6"], "Lowest and highest missing rate, in training and validation."
+_MISSING_RATE = flags.DEFINE_string(
+  "missing_rate", "0.4,0.6", "Lowest and highest missing rate, in training and validation."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random in the run.", lower_bound=0)
 _CHECKPOINT_EVERY = flags.DEFINE_float(
   "checkpoint_every", 60.0, "Seconds between two checkpoints, at least."
+)
+_LOG_TEST = flags.DEFINE_bool(
+  "log_test", False, "Also log the test split's metrics per epoch, for figures; they select nothing."
 )
 
 
@@ -36,23 +39,19 @@ def main(argv):
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: signals.append(number))
   try:
-    low, *high = (float(rate) for rate in _MISSING_RATE.value)
-    asked = {
-      "config": _CONFIG.value.to_dict(),
-      "method": _METHOD.value,
-      "missing_rate": [low, *(high or [low])],
-      "seed": _SEED.value,
-      "data": data.read_card(_DATA_DIR.value, _CONFIG.value.data.name)["sha256"],
-    }
+    settings = dict(
+      method=_METHOD.value,
+      missing_rate=run_lib.parse_interval(_MISSING_RATE.value),
+      seed=_SEED.value,
+    )
+    asked = run_lib.describe(_CONFIG.value, _DATA_DIR.value, **settings)
     dataset = run_lib.load_data(_CONFIG.value, _DATA_DIR.value)
     folder = workdir_lib.Workdir(_WORKDIR.value, asked, _DATA_DIR.value)
-    run = run_lib.make_run(
-      _CONFIG.value, dataset, method=_METHOD.value,
-      missing_rate=tuple(asked["missing_rate"]), seed=_SEED.value,
-    )  # fmt: skip
+    run = run_lib.make_run(_CONFIG.value, dataset, **settings)
     progress = run_lib.execute(
-      run, folder, checkpoint_every=_CHECKPOINT_EVERY.value, should_stop=lambda: bool(signals)
-    )
+      run, folder, checkpoint_every=_CHECKPOINT_EVERY.value, log_test=_LOG_TEST.value,
+      should_stop=lambda: bool(signals),
+    )  # fmt: skip
   except run_lib.Interrupted:
     print(f"Interrupted; saved in {_WORKDIR.value}. The same command goes on from there.")
     sys.exit(128 + signals[0])

@@ -2,6 +2,7 @@
 
   config.json     what was run; the same folder refuses another config
   metrics.jsonl   one line per epoch
+  done.json       the selected epoch and its score, once the training is over
   tensorboard/    the same numbers as TensorBoard events
   checkpoints/    the newest states (orbax), numbered by optimizer step
 """
@@ -83,16 +84,24 @@ class Workdir:
     """The newest saved progress, or None."""
     return checkpoint.restore(self.checkpoints, template)
 
+  def read_best(self, template: dict) -> dict | None:
+    """{"params", "extra"} of the selected epoch in the newest progress, or None."""
+    found = checkpoint.restore(self.checkpoints, {"best": template}, partial=True)
+    return found and found["best"]
+
   def restore(self, template: train.Progress) -> train.Progress | None:
-    """`read`, to train on: also drops the log's lines of epochs after it."""
+    """`read`, to train on: see `rewind`."""
     progress = self.read(template)
-    finished = 0 if progress is None else int(progress.epoch)
+    self.rewind(0 if progress is None else int(progress.epoch))
+    return progress
+
+  def rewind(self, finished: int) -> None:
+    """Opens the log for the epoch `finished`: drops the lines of that one and of later ones."""
     kept = [line for line in self.history() if line["epoch"] < finished]
     _write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
     self._events = tensorboardX.SummaryWriter(
       str(self.path / "tensorboard"), purge_step=finished, flush_secs=10
     )
-    return progress
 
   def history(self) -> list[dict]:
     """The log's lines; a line that a kill cut short is left out."""
@@ -111,18 +120,30 @@ class Workdir:
     if step not in self.checkpoints.all_steps():
       checkpoint.save(self.checkpoints, step, progress)
 
-  def log(self, report: train.EpochReport) -> None:
-    """Appends an epoch to the log and to the TensorBoard events."""
+  @property
+  def is_done(self) -> bool:
+    """Whether the training came to its end."""
+    return (self.path / "done.json").exists()
+
+  def finish(self, progress: train.Progress) -> None:
+    """Saves the last progress and marks the training as over."""
+    self.save(progress)
+    found = {"best_epoch": int(progress.best_epoch), "score": float(progress.best_score)}
+    _write_atomically(self.path / "done.json", json.dumps(found) + "\n")
+
+  def log(self, report: train.EpochReport, test: dict[str, float] | None = None) -> None:
+    """Appends an epoch to the log and to the TensorBoard events; `test` metrics if given."""
     line = {
       "epoch": report.epoch,
       "step": int(report.progress.state.step),
       "train": report.train,
       "valid": report.valid,
       "is_best": report.is_best,
+      **({} if test is None else {"test": test}),
     }
     with self._log.open("a", encoding="utf-8") as log:
       log.write(json.dumps(line) + "\n")
-    for part in ("train", "valid"):
+    for part in {"train", "valid", "test"} & line.keys():
       for name, value in line[part].items():
         self._events.add_scalar(f"{part}/{name}", value, report.epoch)
 

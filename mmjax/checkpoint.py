@@ -26,13 +26,14 @@ def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
   checkpoints.wait_until_finished()
 
 
-def restore(checkpoints: ocp.CheckpointManager, template: Any, step: int | None = None) -> Any:
-  """Reads a checkpoint into the structure of `template`.
+def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool = False) -> Any:
+  """Reads the newest checkpoint into the structure of `template`.
 
   Args:
     checkpoints: from `manager`.
     template: a pytree of the same structure, shapes and types.
-    step: which checkpoint, the newest by default.
+    partial: whether the template is only a part of what was saved; a dict may stand for
+      another container with the same names.
 
   Returns:
     The pytree, or None if there is no checkpoint yet.
@@ -40,12 +41,20 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, step: int | None 
   Raises:
     ValueError: if the checkpoint does not fit the template.
   """
-  step = checkpoints.latest_step() if step is None else step
+  step = checkpoints.latest_step()
   if step is None:
     return None
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype), template)
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), template)
+  if partial:
+    args = ocp.args.PyTreeRestore(
+      shapes,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+      partial_restore=True,
+    )
+  else:
+    args = ocp.args.StandardRestore(shapes)
   try:
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
+    return checkpoints.restore(step, args=args)
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"checkpoint {step} in {checkpoints.directory} does not fit this model and optimizer:"

@@ -134,10 +134,8 @@ def make_validator(
   return validate
 
 
-def robustness(
+def make_robustness(
   system: types.System,
-  params: types.Params,
-  extra: types.Extra,
   split: types.Batch,
   spec: types.Spec,
   conditions: Sequence[Condition],
@@ -145,11 +143,11 @@ def robustness(
   *,
   mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
   batch_size: int = 128,
-) -> list[dict[str, Any]]:
-  """Metrics under every condition and mask seed.
+) -> Callable[[types.Params, types.Extra], list[dict[str, Any]]]:
+  """Compiles the metrics under every condition and mask seed, for any parameters of a system.
 
   Args:
-    system, params, extra: the trained model.
+    system: the model.
     split: the split to test on.
     spec: of the dataset; decides the metrics, see `metrics.for_task`.
     conditions: the missing-data conditions.
@@ -158,19 +156,38 @@ def robustness(
     batch_size: rows predicted at once.
 
   Returns:
-    One row per (condition, seed): {"kind", "condition", "mask_seed", metric: value, …}.
+    `(params, extra) -> rows`, one row per (condition, seed): {"kind", "condition",
+    "mask_seed", metric: value, …}.
   """
   seeds = list(seeds)
   grid = make_grid(system, split, mask_of, batch_size)
   rates = np.stack([condition.rates for condition in conditions])
-  predictions = np.asarray(grid(params, extra, rates, seeds))
-  return [
-    {
-      "kind": condition.kind,
-      "condition": condition.name,
-      "mask_seed": seed,
-      **metrics.compute(spec, predictions[c, s], split.label),
-    }
-    for c, condition in enumerate(conditions)
-    for s, seed in enumerate(seeds)
-  ]
+
+  def robustness(params, extra):
+    predictions = np.asarray(grid(params, extra, rates, seeds))
+    return [
+      {
+        "kind": condition.kind,
+        "condition": condition.name,
+        "mask_seed": seed,
+        **metrics.compute(spec, predictions[c, s], split.label),
+      }
+      for c, condition in enumerate(conditions)
+      for s, seed in enumerate(seeds)
+    ]
+
+  return robustness
+
+
+def robustness(
+  system: types.System,
+  params: types.Params,
+  extra: types.Extra,
+  split: types.Batch,
+  spec: types.Spec,
+  conditions: Sequence[Condition],
+  seeds: Iterable[int],
+  **settings,
+) -> list[dict[str, Any]]:
+  """`make_robustness` of one trained model, called once."""
+  return make_robustness(system, split, spec, conditions, seeds, **settings)(params, extra)

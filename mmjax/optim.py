@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mmjax import types
@@ -37,14 +38,82 @@ def merge(chosen: types.Params, rest: types.Params) -> types.Params:
   )
 
 
+class PlateauState(NamedTuple):
+  """Where a plateau schedule stands; its settings travel with it.
+
+  Attributes:
+    scale: [] what the updates are multiplied by.
+    best: [] best score so far, larger is better.
+    bad: [] int32, epochs since then.
+    factor, patience, threshold: [] see `reduce_on_plateau`.
+  """
+
+  scale: jax.Array
+  best: jax.Array
+  bad: jax.Array
+  factor: jax.Array
+  patience: jax.Array
+  threshold: jax.Array
+
+
+def reduce_on_plateau(
+  factor: float = 0.5, patience: int = 20, threshold: float = 1e-4
+) -> optax.GradientTransformation:
+  """PyTorch's ReduceLROnPlateau, for optimizers whose updates are linear in the rate.
+
+  `observe` tells it an epoch's validation score. After more than `patience` epochs without a
+  better one it multiplies the updates by `factor`, and counts anew.
+
+  Args:
+    factor: of the learning rate.
+    patience: epochs without improvement that are let pass.
+    threshold: relative improvement that counts.
+
+  Returns:
+    The optax transformation, the last of a chain.
+  """
+
+  def init(params):
+    del params
+    limits = jnp.float32(factor), jnp.int32(patience), jnp.float32(threshold)
+    return PlateauState(jnp.float32(1.0), jnp.float32(-jnp.inf), jnp.int32(0), *limits)
+
+  def update(updates, state, params=None):
+    del params
+    return jax.tree.map(lambda u: state.scale.astype(u.dtype) * u, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def observe(opt_state: Any, score: jax.typing.ArrayLike) -> Any:
+  """An optimizer's state after an epoch of this validation score (larger is better)."""
+
+  def advance(state):
+    if not isinstance(state, PlateauState):
+      return state
+    better = score > state.best + state.threshold * jnp.abs(
+      jnp.where(jnp.isfinite(state.best), state.best, 0.0)
+    )
+    bad = jnp.where(better, 0, state.bad + 1)
+    over = bad > state.patience
+    return state._replace(
+      scale=jnp.where(over, state.scale * state.factor, state.scale),
+      best=jnp.where(better, jnp.float32(score), state.best),
+      bad=jnp.where(over, 0, bad),
+    )
+
+  return jax.tree.map(advance, opt_state, is_leaf=lambda s: isinstance(s, PlateauState))
+
+
 def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.ScalarOrSchedule:
   """A learning rate: a constant, or {"name", "peak", …} with lengths as shares of training.
 
   Args:
     settings: the rate, or a mapping with "name" one of "cosine", "warmup_cosine",
-      "warmup_linear" or "step", "peak" (the rate), and "warmup" (share of the steps,
-      default 0.1), "end" (final share of the peak, default 0), "every" and "factor" (step:
-      multiply by `factor` after each `every`-th share of the training).
+      "warmup_linear", "hold_linear" or "step", "peak" (the rate), and "warmup" (share of the
+      steps, default 0.1), "end" (final share of the peak, default 0), "hold" (hold_linear:
+      share of the steps before the decay, default 0.5), "every" and "factor" (step: multiply
+      by `factor` after each `every`-th share of the training).
     total_steps: number of optimizer steps of the whole training.
 
   Returns:
@@ -56,6 +125,7 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
   name, peak = settings.pop("name"), settings.pop("peak")
   warmup = int(settings.pop("warmup", 0.1) * total_steps)
   end = peak * settings.pop("end", 0.0)
+  hold = int(settings.pop("hold", 0.5) * total_steps)
   every, factor = settings.pop("every", 0.5), settings.pop("factor", 0.1)
   if settings:
     raise ValueError(f"unknown settings of the learning rate: {sorted(settings)}.")
@@ -68,6 +138,8 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
     return optax.join_schedules(
       [rise, optax.linear_schedule(peak, end, max(total_steps - warmup, 1))], [warmup]
     )
+  if name == "hold_linear":
+    return optax.linear_schedule(peak, end, max(total_steps - hold, 1), hold)
   if name == "step":
     return optax.exponential_decay(
       peak, max(int(every * total_steps), 1), factor, staircase=True
@@ -99,6 +171,7 @@ def make(
   clip_value: float | None = None,
   clip_norm: float | None = None,
   accumulate: int = 1,
+  plateau: Mapping[str, Any] | None = None,
   differentiable: bool = False,
   groups: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> optax.GradientTransformation:
@@ -114,6 +187,7 @@ def make(
     clip_value: clips each gradient entry to [-clip_value, clip_value].
     clip_norm: clips the global norm over all parameters.
     accumulate: number of steps whose gradients are summed before each update.
+    plateau: settings of `reduce_on_plateau`, which the trainer feeds, or None.
     differentiable: for an inner optimizer of second-order M³S: keeps the derivative of
       Adam's square root finite at zero gradients.
     groups: ((path regex, {settings that differ: name, learning_rate, weight_decay,
@@ -161,6 +235,8 @@ def make(
     steps.append(patterns[0][1])
   else:
     steps.append(optax.multi_transform({str(n): t for n, (_, t) in enumerate(patterns)}, labels))
+  if plateau is not None:
+    steps.append(reduce_on_plateau(**plateau))
   optimizer = optax.chain(*steps)
   if accumulate > 1:  # PyTorch adds the gradients of several backward passes up
     optimizer = optax.MultiSteps(

@@ -97,6 +97,7 @@ class EpochReport(NamedTuple):
 def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainState:
   """Initial parameters, optimizer states and extra of a run."""
   params, extra = recipe.system.init(jax.random.fold_in(key, INIT), spec)
+  extra = _copy(extra)  # a system may use one array twice, but buffers are donated once
 
   @jax.jit  # one program, not one for each shape
   def init_optimizers(params):
@@ -212,7 +213,7 @@ def fit(
   """Trains epoch by epoch from `progress` on and yields a report after each.
 
   Each epoch runs its active phases in order, validates, and keeps the parameters that are
-  best on validation. Training is a function of (recipe, data, key) alone: where it was
+  best on validation, from the epoch on in which the last phase begins. Training is a function of (recipe, data, key) alone: where it was
   interrupted does not change a bit of the result.
 
   Args:
@@ -339,9 +340,23 @@ def _unstack(tree):
   return [jax.tree.map(lambda a, n=n: a[n], tree) for n in range(count)]
 
 
+def total_steps(
+  phase: types.Phase, epochs: int, rows: int, batch_size: int
+) -> int:
+  """Steps that a phase runs in a whole training of `epochs`; what its schedules last."""
+  batch_size = min(batch_size, rows)
+  return sum(_phase_steps(phase, epoch, rows, batch_size) for epoch in range(epochs))
+
+
+def _first_candidate(recipe: Recipe) -> int:
+  """The first epoch that may be selected: before its last phase a model is not complete."""
+  return min(recipe.system.phases[-1].epochs[0], recipe.epochs - 1)
+
+
 def _is_over(recipe: Recipe, progress: Progress) -> bool:
   """Whether all epochs are done or the patience is at its end."""
-  epoch, best = int(progress.epoch), int(progress.best_epoch)
+  epoch = int(progress.epoch)
+  best = max(int(progress.best_epoch), _first_candidate(recipe) - 1)
   patience = recipe.epochs if recipe.patience is None else recipe.patience
   return epoch >= recipe.epochs or epoch - 1 - best >= patience
 
@@ -351,7 +366,7 @@ def _finish_epoch(recipe, progress, valid, rows, batch_size) -> EpochReport:
   epoch = int(progress.epoch)
   means = _means(recipe.system.phases, progress.sums, epoch, rows, batch_size)
   score = valid[recipe.select] * (1.0 if recipe.larger_is_better else -1.0)
-  is_best = score > float(progress.best_score)
+  is_best = epoch >= _first_candidate(recipe) and score > float(progress.best_score)
   if is_best:  # copies: the next step consumes the state's buffers
     best = {"params": progress.state.params, "extra": progress.state.extra}
     progress = progress._replace(
@@ -359,7 +374,9 @@ def _finish_epoch(recipe, progress, valid, rows, batch_size) -> EpochReport:
       best_score=np.float32(score),
       best_epoch=np.int32(epoch),
     )
+  opt = optim.observe(progress.state.opt, np.float32(score))
   progress = progress._replace(
+    state=progress.state._replace(opt=opt),
     epoch=np.int32(epoch + 1),
     phase=np.int32(0),
     sums=jax.tree.map(jnp.zeros_like, progress.sums),

@@ -60,7 +60,7 @@ class TextCNN(nn.Module):
       raise ValueError(f"MMIN's text CNN needs {max(WIDTHS)} steps, the text has {x.shape[1]}.")
     pooled = []
     for n, width in enumerate(WIDTHS, 1):
-      conv = nn.Conv(FILTERS, (width,), padding="VALID", kernel_init=KAIMING, name=f"conv_{n}")
+      conv = layers.Conv1d(FILTERS, width, kernel_init=KAIMING, name=f"conv_{n}")
       pooled.append(jax.nn.relu(conv(x)).max(1))
     hidden = layers.Dropout(self.dropout)(jnp.concatenate(pooled, -1))
     return jax.nn.relu(dense(self.size, "out")(hidden))
