@@ -28,7 +28,7 @@ _CHECKPOINT_EVERY = flags.DEFINE_float(
   "checkpoint_every", 60.0, "Seconds between two checkpoints, at least."
 )
 _LOG_TEST = flags.DEFINE_bool(
-  "log_test", False, "Also log the test split's metrics per epoch, for figures; they select nothing."
+  "log_test", False, "Also log the test split's metrics, for figures; they select nothing."
 )
 
 

@@ -94,7 +94,11 @@ def ignored(names: Iterable[str], rules: Rules) -> list[str]:
 
 
 def from_torch(
-  template: types.Params, state: Mapping[str, np.ndarray], rules: Rules
+  template: types.Params,
+  state: Mapping[str, np.ndarray],
+  rules: Rules,
+  *,
+  required: str = "",
 ) -> types.Params:
   """Puts the arrays of a state_dict where they belong.
 
@@ -105,6 +109,8 @@ def from_torch(
     rules: ((regex over a whole name, path or None), …), the first that matches decides. A
       path may refer to groups (`\\\\1`); its ending "weight" stands for linen's "kernel",
       "scale" or "embedding". None ignores a name.
+    required: regex searched in each parameter's path; the others keep the template's values
+      where the state has none.
 
   Returns:
     Parameters of the template's structure.
@@ -129,7 +135,8 @@ def from_torch(
       misshapen[path] = f"{name}: gives {array.shape}, but {path} is {flat[path].shape}"
     else:
       found[path] = jnp.asarray(array, flat[path].dtype)
-  missing = sorted(flat.keys() - found.keys() - misshapen.keys())
+  lacking = flat.keys() - found.keys() - misshapen.keys()
+  missing = sorted(path for path in lacking if re.search(required, path))
   problems = [
     f"{title}:\n" + "\n".join(f"  {name}" for name in names)
     for title, names in (
@@ -141,4 +148,4 @@ def from_torch(
   ]
   if problems:
     raise StateDictError("the state_dict does not fit the model.\n" + "\n".join(problems))
-  return flax.traverse_util.unflatten_dict(found, sep="/")
+  return flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")

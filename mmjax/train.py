@@ -213,8 +213,9 @@ def fit(
   """Trains epoch by epoch from `progress` on and yields a report after each.
 
   Each epoch runs its active phases in order, validates, and keeps the parameters that are
-  best on validation, from the epoch on in which the last phase begins. Training is a function of (recipe, data, key) alone: where it was
-  interrupted does not change a bit of the result.
+  best on validation, from the epoch on in which the last phase begins. Training is a
+  function of (recipe, data, key) alone: where it was interrupted does not change a bit of the
+  result.
 
   Args:
     recipe: how to train.

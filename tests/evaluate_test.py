@@ -92,16 +92,23 @@ def test_methods_against_a_baseline(tmp_path, capsys):
   """Mask seeds are averaged within a run; deltas, Welch's p and the paper's values follow."""
   values = {"ORIG": [1.0, 1.2, 1.1], "M3S": [0.7, 0.9, 0.8]}
   rows = [
-    {"method": method, "seed": seed, "mask_seed": mask_seed, "mae": value + shift}
+    {
+      "missing_rate": "0.4-0.6", "method": method, "seed": seed, "mask_seed": mask_seed,
+      "kind": "rate", "condition": condition, "mae": value + shift + (condition == "0.6-0.8"),
+    }
+    for condition in ("0.4-0.6", "0.5", "0.6-0.8")
     for method, runs in values.items()
     for seed, value in enumerate(runs)
     for mask_seed, shift in enumerate((-0.1, 0.1))
   ]
-  paper = pd.DataFrame(
-    [{"model": "Self-MM", "dataset": "SIMS", "method": "M3S", "metric": "mae", "value": 0.5053}]
-  )
+  paper = pd.DataFrame([{
+    "model": "Self-MM", "dataset": "SIMS", "input_rate": "0.4-0.6", "test_rate": "0.4-0.6",
+    "method": "M3S", "metric": "mae", "value": 0.5053,
+  }])  # fmt: skip
   table = report.comparison(rows, tmp_path, paper, model="self_mm", dataset="sims")
-  orig, m3s = table.to_dict("records")
+  orig, m3s, *shifted = table.to_dict("records")
+  np.testing.assert_allclose([row["mean"] for row in shifted], [2.1, 1.8])
+  assert [row["test_rate"] for row in shifted] == ["0.6-0.8"] * 2
   assert (orig["method"], m3s["method"], m3s["n"]) == ("ORIG", "M3S", 3)
   np.testing.assert_allclose([orig["mean"], m3s["mean"], m3s["delta"]], [1.1, 0.8, -0.3])
   np.testing.assert_allclose([orig["std"], m3s["std"]], [0.1, 0.1])

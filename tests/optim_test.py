@@ -70,6 +70,8 @@ def test_weight_decay_of_adam_enters_the_gradient():
     ("warmup_cosine", 0, 0.0),
     ("warmup_cosine", 10, 1.0),
     ("warmup_linear", 55, 0.5),
+    ("hold_linear", 50, 1.0),
+    ("hold_linear", 75, 0.5),
     ("step", 49, 1.0),
     ("step", 50, 0.1),
   ],
@@ -86,3 +88,25 @@ def test_unknown_settings_are_named():
     optim.make(groups=(("bert", dict(rate_typo=1)),))
   with pytest.raises(ValueError, match="peek"):
     optim.schedule({"name": "cosine", "peak": 1.0, "peek": 1}, 10)
+
+
+def test_a_groups_norm_is_clipped_on_its_own():
+  groups = (("^bert/", dict(clip_norm=1.0)), ("^audio/", dict(clip_norm=2.0)))
+  found = updates(optim.make(name="sgd", learning_rate=1.0, groups=groups), ones(3.0))
+  np.testing.assert_allclose(optax.tree.norm(found["bert"]), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(optax.tree.norm(found["audio"]), 2.0, rtol=1e-6)
+
+
+def test_a_plateau_reduces_the_rate():
+  """By hand: patience 1, so the second epoch without a better score halves, and so on."""
+  optimizer = optim.make(
+    name="sgd", learning_rate=1.0, plateau=dict(factor=0.5, patience=1), accumulate=2
+  )
+  state, rates = optimizer.init(PARAMS), []
+  for score in (-2.0, -1.0, -1.0, -1.00005, -0.99995, -0.5, -0.6, -0.7):
+    state = optim.observe(state, score)
+    for _ in range(2):
+      update, state = optimizer.update(ones(), state, PARAMS)
+    rates.append(-float(update["audio"]["b"]) / 2)
+  # an improvement by less than the threshold is none
+  np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25])

@@ -10,7 +10,18 @@ from experiments.configs import common
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   # "first" is the published [CLS]; precomputed states of it have read the missing words
-  config.model = dict(name="mmim", pooling="mean", mi_share=0.5 if dataset == "mosei" else 1.0)
+  config.model = dict(
+    name="mmim",
+    pooling="mean",
+    lstm_sizes=(16, 16),  # of audio and vision
+    out_sizes=(16, 16),
+    hidden_size=128,
+    dropout=0.1,
+    contrast_weight=0.1,
+    mi_weight=0.1,
+    memory_size=1,
+    mi_share=0.5 if dataset == "mosei" else 1.0,
+  )
   config.train.batch_size = 32
   config.train.epochs = 40
   config.train.patience = 0

@@ -6,10 +6,11 @@ python -m experiments.train --config=experiments/configs/self_mm.py:sims \
 
 from experiments.configs import common
 
-# MMSA's settings per dataset: the model, and the weight decay and rate of its parts.
+# MMSA's settings per dataset: the model, and the weight decay and rate of its parts. Pairs are
+# of audio and vision, fours of the heads: fusion, text, audio, vision.
 MODEL = {
-  "mosi": dict(),
-  "mosei": dict(head_dropout=(0.1, 0.0, 0.0, 0.0)),
+  "mosi": dict(lstm_sizes=(16, 32), head_dropout=(0.0, 0.1, 0.1, 0.0), bound=3.0),
+  "mosei": dict(lstm_sizes=(16, 32), head_dropout=(0.1, 0.0, 0.0, 0.0), bound=3.0),
   "sims": dict(lstm_sizes=(16, 64), head_dropout=(0.0, 0.1, 0.1, 0.1), bound=1.0),
 }
 AUDIO = {
@@ -25,7 +26,15 @@ def get_config(dataset: str = "mosi"):
   known = dataset if dataset in MODEL else "mosi"
   config = common.get_config(dataset)
   # "first" is the published [CLS]; precomputed states of it have read the missing words
-  config.model = dict(name="self_mm", pooling="mean", **MODEL[known])
+  config.model = dict(
+    name="self_mm",
+    pooling="mean",
+    out_sizes=(16, 32),
+    head_sizes=(128, 32, 16, 32),
+    lstm_dropout=(0.0, 0.0),
+    exclude_zero=True,
+    **MODEL[known],
+  )
   config.train.batch_size = 32
   config.train.epochs = 100
   config.train.patience = 8
