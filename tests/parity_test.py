@@ -32,16 +32,22 @@ def quick_compilation():
   jax.config.update("jax_default_matmul_precision", None)  # the binary raises it
 
 
-def test_the_published_misa():
-  arrays = parity.read(RECORDED)
-  rows = list(parity.find(RECORDED).compare(arrays))
+# Number of gradients, so that a comparison cannot lose some; mmin.npz is without its variants.
+GRADIENTS = {"misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_published_models(name):
+  path = RECORDED.with_name(f"{name}.npz")
+  arrays = parity.read(path)
+  rows = list(parity.find(path).compare(arrays))
   groups = parity.judge(rows, 1e-4, 1e-3)
   assert all(group.ok for group in groups), groups
   assert parity.uncovered(arrays, rows) == []
   counted = {group.name: group.tensors for group in groups}
-  recorded = {name: sum(key.startswith(f"{name}/") for key in arrays) for name in counted}
-  assert counted == recorded
-  assert counted["grad"] == 121
+  for group in ("output", "loss", "grad"):
+    assert counted[group] >= sum(key.startswith(f"{group}/") for key in arrays)
+  assert counted["grad"] == GRADIENTS[name]
 
 
 @pytest.mark.parametrize(

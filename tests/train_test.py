@@ -168,3 +168,25 @@ def test_steps_are_compiled_once():
   before = len(traces)
   run(plan, progress, seconds=0.0)
   assert len(traces) - before <= 2  # value_and_grad inside one jit
+
+
+def test_the_steps_of_a_phase_are_counted_as_they_run():
+  """37 rows in batches of 8: 4 steps an epoch, of which a half share runs 2."""
+  phase = types.Phase("head", toy.loss, share=0.5, epochs=(1, 4))
+  assert train.total_steps(phase, 10, 37, 8) == 3 * 2
+  assert train.total_steps(phase, 2, 37, 8) == 2
+  assert train.total_steps(types.Phase("all", toy.loss), 10, 5, 8) == 10  # one batch of 5
+
+
+def test_a_plateau_follows_the_validation():
+  scores = iter([1.0, 2.0, 2.0, 2.0, 2.0])
+  plan = recipe(
+    optimizers={"main": optim.make(learning_rate=0.01, plateau=dict(patience=1, factor=0.5))},
+    epochs=5,
+  )
+  start = train.start(plan, DATA, toy.SPEC, KEY)
+  scales = [
+    float(report.progress.state.opt["main"][-1].scale)
+    for report in train.fit(plan, DATA, lambda p, e: {"mae": next(scores)}, start, KEY)
+  ]
+  assert scales == [1.0, 1.0, 0.5, 0.5, 0.25]

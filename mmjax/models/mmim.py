@@ -56,11 +56,15 @@ def total_moments(parts: Memory) -> Memory:
 
 
 def log_determinant(m: Memory) -> tuple[Array, Array]:
-  """log |Σ| of the biased covariance, and whether there are samples enough for it to exist."""
-  enough = m.count > m.mean.shape[-1]
-  # where twice: the gradient of what is not chosen must be finite too
-  covariance = jnp.where(enough, m.scatter / jnp.maximum(m.count, 1), jnp.eye(m.mean.shape[-1]))
-  return jnp.linalg.slogdet(covariance)[1], enough
+  """log |Σ| of the biased covariance, and whether it exists: [], [] bool.
+
+  It does not with too few samples, nor where all are alike, as without their modality.
+  """
+  covariance = m.scatter / jnp.maximum(m.count, 1)
+  exists = jnp.linalg.det(jax.lax.stop_gradient(covariance)) > 1e-30
+  # replaced before the logarithm: the gradient of what is not chosen must be finite too
+  covariance = jnp.where(exists, covariance, jnp.eye(m.mean.shape[-1]))
+  return jnp.linalg.slogdet(covariance)[1], exists
 
 
 class Encoder(nn.Module):
@@ -153,8 +157,8 @@ def entropy(
     memory: for each pair, moments [M, 2, ...] of the last M batches, positive and negative.
 
   Returns:
-    [] H, its terms 0 where a polarity has too few samples for a covariance (there the code
-    gives -inf), and the moments [2, ...] of this batch.
+    [] H, its terms 0 where the samples of a polarity span no volume (there the code gives
+    -inf), and the moments [2, ...] of this batch.
   """
   total, now = 0.0, {}
   for pair, past in memory.items():
@@ -163,8 +167,8 @@ def entropy(
     both = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), past, now[pair])
     found = [log_determinant(total_moments(jax.tree.map(lambda a, n=n: a[:, n], both)))
              for n in range(2)]  # fmt: skip
-    (positive, enough_positive), (negative, enough_negative) = found
-    total += jnp.where(enough_positive & enough_negative, 0.25 * (positive + negative), 0.0)
+    (positive, positive_exists), (negative, negative_exists) = found
+    total += jnp.where(positive_exists & negative_exists, 0.25 * (positive + negative), 0.0)
   return total, now
 
 
