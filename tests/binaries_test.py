@@ -9,6 +9,7 @@ import time
 
 import chex
 import orbax.checkpoint as ocp
+import pandas as pd
 import pytest
 
 from data_prep import convert
@@ -141,3 +142,44 @@ def test_evaluating_a_folder_without_a_run_says_so(folder):
   code, output = finish(start("evaluate", f"--workdir={folder / 'nothing'}"))
   assert code == 1 and "holds no training run" in output and "Traceback" not in output
   assert not (folder / "nothing").exists()
+
+
+def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
+  """One seed in processes, then a second one side by side; what is finished stays as it is."""
+  out = folder / "compared"
+
+  def compare(*more):
+    code, output = finish(
+      start(
+        "compare",
+        "--config=experiments/configs/self_mm.py:tiny",
+        "--config.train.batch_size=8",
+        "--config.train.epochs=3",
+        f"--data_dir={folder / 'data'}",
+        f"--out={out}",
+        "--methods=orig,m3s",
+        "--test_rate=0.4,0.6",
+        "--test_rate=0.6,0.8",
+        *more,
+      )
+    )
+    assert code == 0, output
+    return output
+
+  assert "orig, 0.4,0.6, seed 0: Best epoch" in compare("--seeds=1", "--schedule=processes")
+  first = final(out / "m3s-0.4,0.6" / "seed-0")
+  output = compare("--seeds=2", "--schedule=together")
+  assert "seeds [1]" in output and "seeds [0" not in output
+  chex.assert_trees_all_equal(first, final(out / "m3s-0.4,0.6" / "seed-0"))
+  table = pd.read_csv(out / "comparison.csv")
+  assert set(table["test_rate"]) == {"0.4-0.6", "0.6-0.8"}
+  mae = table[table["metric"] == "mae"]
+  assert (mae["n"] == 2).all() and mae["p"].notna().tolist() == [False, True] * 2
+  assert not (out / "m3s-0.4,0.6" / "together").exists()
+  for seed in (0, 1):
+    log = (out / "m3s-0.4,0.6" / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [0, 1, 2]
+    assert json.loads(log[-1])["test"]["mae"] > 0
+  for name in ("epochs_valid.png", "epochs_test.png", "robustness.png"):
+    assert (out / name).stat().st_size > 5000
+  assert "seed" not in compare("--seeds=2").split("Curves")[0]  # nothing left to train

@@ -60,10 +60,13 @@ def log_determinant(m: Memory) -> tuple[Array, Array]:
 
   It does not with too few samples, nor where all are alike, as without their modality.
   """
+  size = m.mean.shape[-1]
   covariance = m.scatter / jnp.maximum(m.count, 1)
-  exists = jnp.linalg.det(jax.lax.stop_gradient(covariance)) > 1e-30
+  # against the largest determinant of this trace: what is below is rounding, and 0 is too
+  largest = (jnp.trace(covariance) / size) ** size
+  exists = jnp.linalg.det(covariance) > 1e-7 * largest
   # replaced before the logarithm: the gradient of what is not chosen must be finite too
-  covariance = jnp.where(exists, covariance, jnp.eye(m.mean.shape[-1]))
+  covariance = jnp.where(exists, covariance, jnp.eye(size))
   return jnp.linalg.slogdet(covariance)[1], exists
 
 
