@@ -17,6 +17,7 @@ MODEL = {
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   config.model = dict(name="misa", hidden_size=128, **MODEL.get(dataset, MODEL["mosi"]))
+  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 128
   config.train.epochs = 500
   config.train.patience = 20

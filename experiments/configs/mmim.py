@@ -22,6 +22,7 @@ def get_config(dataset: str = "mosi"):
     memory_size=1,
     mi_share=0.5 if dataset == "mosei" else 1.0,
   )
+  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 32
   config.train.epochs = 40
   config.train.patience = 0

@@ -27,6 +27,7 @@ def get_config(dataset: str = "iemocap"):
     cycle_weight=2.0,
     teacher_epochs=TEACHER_EPOCHS,
   )
+  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 256
   config.train.epochs = TEACHER_EPOCHS + 60
   config.train.patience = 0

@@ -35,6 +35,7 @@ def get_config(dataset: str = "mosi"):
     exclude_zero=True,
     **MODEL[known],
   )
+  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 32
   config.train.epochs = 100
   config.train.patience = 8
