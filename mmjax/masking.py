@@ -72,6 +72,21 @@ def erase(batch: types.Batch) -> types.Batch:
   )
 
 
+def complete(batch: types.Batch) -> types.Batch:
+  """The data with nothing missing: what teachers and reconstruction targets read."""
+  return _mark(batch, lambda m: jnp.ones_like(m.seen))
+
+
+def complement(batch: types.Batch) -> types.Batch:
+  """The part of the data that is not observed, and nothing else (MMIN's imagination target)."""
+  return _mark(batch, lambda m: ~m.seen)
+
+
+def _mark(batch: types.Batch, seen: Callable[[types.Modality], types.Array]) -> types.Batch:
+  pairs = [(name, getattr(batch, name)) for name in types.MODALITIES]
+  return batch._replace(**{name: m._replace(seen=seen(m)) for name, m in pairs})
+
+
 def span_bounds(
   u: types.Array, rate: types.Array, length: types.Array
 ) -> tuple[types.Array, types.Array]:

@@ -38,6 +38,21 @@ def merge(chosen: types.Params, rest: types.Params) -> types.Params:
   )
 
 
+def _epoch_warmup_cosine(peak: float, epochs: int, steps: int, share: float) -> optax.Schedule:
+  """ALMT's and LNLN's: a rise from 0, a cosine after it, constant within an epoch of `steps`.
+
+  Their cosine starts one epoch late, after a second one at the peak.
+  """
+  rise = max(share * epochs, 1e-9)
+
+  def rate(count):
+    epoch = jnp.minimum(count // steps, epochs)
+    decay = 0.5 * (1 + jnp.cos(jnp.pi * (epoch - rise - 1) / max(epochs - rise, 1)))
+    return peak * jnp.where(epoch <= rise, epoch / rise, decay)
+
+  return rate
+
+
 class PlateauState(NamedTuple):
   """Where a plateau schedule stands; its settings travel with it.
 
@@ -110,10 +125,11 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
 
   Args:
     settings: the rate, or a mapping with "name" one of "cosine", "warmup_cosine",
-      "warmup_linear", "hold_linear" or "step", "peak" (the rate), and "warmup" (share of the
-      steps, default 0.1), "end" (final share of the peak, default 0), "hold" (hold_linear:
-      share of the steps before the decay, default 0.5), "every" and "factor" (step: multiply
-      by `factor` after each `every`-th share of the training).
+      "warmup_linear", "hold_linear", "step" or "epoch_warmup_cosine", "peak" (the rate), and
+      "warmup" (share of the steps, default 0.1), "end" (final share of the peak, default 0),
+      "hold" (hold_linear: share of the steps before the decay, default 0.5), "every" and
+      "factor" (step: multiply by `factor` after each `every`-th share of the training),
+      "epochs" (epoch_warmup_cosine, which moves once an epoch: their number).
     total_steps: number of optimizer steps of the whole training.
 
   Returns:
@@ -123,8 +139,10 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
     return float(settings)
   settings = dict(settings)
   name, peak = settings.pop("name"), settings.pop("peak")
-  warmup = int(settings.pop("warmup", 0.1) * total_steps)
+  share = settings.pop("warmup", 0.1)
+  warmup = int(share * total_steps)
   end = peak * settings.pop("end", 0.0)
+  epochs = settings.pop("epochs", 1)
   hold = int(settings.pop("hold", 0.5) * total_steps)
   every, factor = settings.pop("every", 0.5), settings.pop("factor", 0.1)
   if settings:
@@ -138,6 +156,8 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
     return optax.join_schedules(
       [rise, optax.linear_schedule(peak, end, max(total_steps - warmup, 1))], [warmup]
     )
+  if name == "epoch_warmup_cosine":
+    return _epoch_warmup_cosine(peak, epochs, max(total_steps // epochs, 1), share)
   if name == "hold_linear":
     return optax.linear_schedule(peak, end, max(total_steps - hold, 1), hold)
   if name == "step":

@@ -9,7 +9,7 @@ import pytest
 
 import models_test
 from mmjax import masking, meta, models, optim, train, types
-from mmjax.models import mmim, mmin, self_mm
+from mmjax.models import mmim, self_mm
 
 
 def test_moments_add_up_to_those_of_the_union():
@@ -97,7 +97,7 @@ def test_the_complement_is_what_the_student_does_not_see():
   for name in types.MODALITIES:
     shown, hidden, whole = (
       masking.observed(getattr(b, name))
-      for b in (masked, mmin.complement(masked), mmin.complete(masked))
+      for b in (masked, masking.complement(masked), masking.complete(masked))
     )
     np.testing.assert_allclose(shown + hidden, whole)
     np.testing.assert_array_equal(whole, getattr(batch, name).x)

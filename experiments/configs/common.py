@@ -42,3 +42,11 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
     optimizer=dict(name="sgd", learning_rate=1e-4),
   )
   return config
+
+
+def epoch_warmup(config: ml_collections.ConfigDict, peak: float, **settings) -> dict:
+  """An optimizer whose rate moves once an epoch, as ALMT's and LNLN's: a rise, then a cosine."""
+  epochs = config.train.get_ref("epochs")  # follows `--config.train.epochs`
+  rate = ml_collections.ConfigDict(dict(name="epoch_warmup_cosine", peak=peak, warmup=0.1))
+  rate.epochs = epochs
+  return ml_collections.ConfigDict(dict(learning_rate=rate, **settings))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import torch_import, types
+from mmjax import optim, torch_import, types
 
 Arrays = Mapping[str, np.ndarray]
 Row = tuple[str, str, np.ndarray, np.ndarray]
@@ -133,3 +133,14 @@ def compare_loss(
     yield group, jax.tree_util.keystr(path, simple=True, separator="/"), ours, expected
   for name in torch_import.ignored(theirs, system.torch_rules):
     yield group, name, np.zeros_like(theirs[name]), theirs[name]
+
+
+def compare_rates(z: Arrays, base: float) -> Iterator[Row]:
+  """Rows of the learning rates that warm up and decay by the epoch."""
+  for key, rates in under(z, "extra/lr_per_epoch_").items():
+    epochs, steps = int(key), 7  # any number of steps an epoch
+    schedule = optim.schedule(
+      {"name": "epoch_warmup_cosine", "peak": base, "epochs": epochs}, epochs * steps
+    )
+    ours = [schedule(epoch * steps + epoch % steps) for epoch in range(epochs)]
+    yield "extra", f"lr_per_epoch_{key}", np.asarray(ours), rates

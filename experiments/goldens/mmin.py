@@ -235,11 +235,11 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
 
   sizes = tuple(config[f"embd_size_{m}"] for m in "alv")
   encoders = mmin.Encoders(sizes, config["embd_method_a"], None)
-  target = encoders.apply({"params": params["teacher"]["encoders"]}, mmin.complement(batch))
+  target = encoders.apply({"params": params["teacher"]["encoders"]}, masking.complement(batch))
   found = {f"output/T_embd_{letter}": target[m] for letter, m in LETTERS.items()}
   yield from recorded(z, "output", {**found, "output/T_embds": mmin.concatenate(target)})
   for letter, theirs in (("A", "acoustic"), ("V", "visual"), ("L", "lexical")):
-    for key, seen in (("miss", batch), ("reverse", mmin.complement(batch))):
+    for key, seen in (("miss", batch), ("reverse", masking.complement(batch))):
       shown = masking.observed(getattr(seen, INPUTS[theirs]))
       yield from recorded(z, "output", {f"output/{letter}_{key}": shown})
 
@@ -264,7 +264,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     encoders, mmin.Classifier(tuple(int(n) for n in config["cls_layers"].split(",")),
                               config["output_dim"], 0.0, False),
   )  # fmt: skip
-  out = module.apply({"params": params["teacher"]}, mmin.complete(batch))
+  out = module.apply({"params": params["teacher"]}, masking.complete(batch))
   value = jax.jit(system.phases[0].loss)(params, batch, None, {})[0]
   found = {"feat": out["embedding"], "logits": out["scores"]}
   named = {f"stage1/output/{name}": tensor for name, tensor in found.items()}

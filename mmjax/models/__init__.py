@@ -1,8 +1,10 @@
 """The systems by name: `MODELS[name](**settings) -> System`."""
 
-from mmjax.models import misa, mmim, mmin, self_mm
+from mmjax.models import almt, lnln, misa, mmim, mmin, self_mm
 
 MODELS = {
+  "almt": almt.make,
+  "lnln": lnln.make,
   "misa": misa.make,
   "mmim": mmim.make,
   "mmin": mmin.make,

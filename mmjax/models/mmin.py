@@ -168,21 +168,6 @@ class Student(nn.Module):
     }
 
 
-def complement(batch: types.Batch) -> types.Batch:
-  """The part of the data that is not observed."""
-  return _see(batch, lambda m: ~m.seen)
-
-
-def complete(batch: types.Batch) -> types.Batch:
-  """The data with nothing missing."""
-  return _see(batch, lambda m: jnp.ones_like(m.seen))
-
-
-def _see(batch, seen):
-  pairs = ((name, getattr(batch, name)) for name in types.MODALITIES)
-  return batch._replace(**{name: m._replace(seen=seen(m)) for name, m in pairs})
-
-
 def make(
   *,
   embedding_sizes: Sequence[int] = (128, 128, 128),
@@ -268,13 +253,13 @@ def make(
     return losses.task_loss(classes)(prediction, label).mean()
 
   def teacher_loss(params, batch, key, extra):
-    out, _ = apply(params, complete(batch), extra, "teacher", key, train=True)
+    out, _ = apply(params, masking.complete(batch), extra, "teacher", key, train=True)
     return task_loss(out["prediction"], batch.label), types.Aux({}, extra)
 
   def student_loss(params, batch, key, extra):
     out, extra = apply(params, batch, extra, "student", key, train=True)
     frozen = jax.lax.stop_gradient(params)
-    target = apply(frozen, complement(batch), extra, "teacher")[0]["embedding"]
+    target = apply(frozen, masking.complement(batch), extra, "teacher")[0]["embedding"]
     parts = {
       "ce": task_loss(out["prediction"], batch.label),
       "mse": losses.reconstruction(out["imagined"], target),

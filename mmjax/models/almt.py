@@ -1,0 +1,159 @@
+"""ALMT: language-guided hyper-modality learning (Zhang et al. 2023).
+
+Each modality is condensed into a few tokens. Text, at several scales, asks audio and vision for
+what matters to it and gathers the answers in a hyper-modality, to which the text attends at
+the end.
+
+Paper: https://arxiv.org/abs/2310.05804. Parity: MMSA's implementation and its quirks.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax import bert as bert_lib
+from mmjax import hyper_layers, layers, losses, masking, torch_import, types
+
+Array = types.Array
+
+
+class Almt(nn.Module):
+  """The network; see `make` for the attributes."""
+
+  num_outputs: int
+  size: int
+  hidden_size: int
+  tokens: int
+  embedding_depth: int
+  embedding_heads: Mapping[str, int]
+  text_heads: int
+  hyper_depth: int
+  hyper_heads: int
+  fusion_hidden_size: int
+  fusion_depth: int
+  fusion_heads: int
+  bert: bert_lib.BertConfig
+
+  @nn.compact
+  def __call__(self, batch: types.Batch) -> dict[str, Array]:
+    states = bert_lib.text_states(self.bert, batch)
+    inputs = {
+      "text": states,
+      "audio": masking.observed(batch.audio),
+      "vision": masking.observed(batch.vision),
+    }
+    out, kept = {"text_states": states}, {}
+    for name, x in inputs.items():
+      x = layers.Dense(self.size, name=f"project_{name}")(x)
+      embed = hyper_layers.TokenTransformer(
+        self.embedding_depth, self.embedding_heads[name], self.hidden_size, self.tokens,
+        name=f"embed_{name}",
+      )  # fmt: skip
+      out[f"embedded_{name}"] = embed(x)[-1]
+      kept[name] = out[f"embedded_{name}"][:, : self.tokens]
+    scales = hyper_layers.TokenTransformer(
+      self.hyper_depth - 1, self.text_heads, self.size, name="text_encoder"
+    )(kept["text"])
+    hyper = self.param("hyper", nn.initializers.ones, (1, self.tokens, self.size))
+    hyper = jnp.broadcast_to(hyper, kept["text"].shape)
+    for n, text in enumerate(scales):
+      layer = hyper_layers.HyperLearning(self.hyper_heads, name=f"hyper_{n}")
+      hyper = layer(text, kept["audio"], kept["vision"], hyper)
+      out |= {f"text_{n}": text, f"hyper_{n}": hyper}
+    out["hyper"] = hyper
+    out["fusion"] = hyper_layers.CrossTransformer(
+      self.fusion_depth, self.fusion_heads, self.fusion_hidden_size, name="fusion"
+    )(hyper, scales[-1])
+    scores = layers.Dense(self.num_outputs, name="head")(out["fusion"][:, 0])
+    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    return out
+
+
+def make(
+  *,
+  size: int = 128,
+  hidden_size: int = 128,
+  tokens: int = 8,
+  embedding_depth: int = 1,
+  embedding_heads: Mapping[str, int] | int = 8,
+  text_heads: int = 8,
+  hyper_depth: int = 3,
+  hyper_heads: int = 8,
+  fusion_hidden_size: int = 128,
+  fusion_depth: int = 2,
+  fusion_heads: int = 8,
+  bert: Mapping[str, Any] | None = None,
+) -> types.System:
+  """ALMT as a system; the defaults are MMSA's for MOSI.
+
+  Args:
+    size: D, width of all tokens.
+    hidden_size: of the embeddings' hidden layers.
+    tokens: T, tokens that stand for a modality.
+    embedding_depth: blocks of each embedding.
+    embedding_heads: their heads, for all or by modality.
+    text_heads: heads of the text encoder.
+    hyper_depth: scales of the text, hence hyper-modality layers.
+    hyper_heads: their heads; they divide D.
+    fusion_hidden_size, fusion_depth, fusion_heads: of the fusion.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+
+  Returns:
+    The system. Its one phase, "main", logs the part mse (the task's loss).
+  """
+  encoder = bert_lib.setup(bert)
+  if size % hyper_heads:
+    raise ValueError(f"size is {size}, but must be divisible by hyper_heads {hyper_heads}.")
+  if isinstance(embedding_heads, int):
+    embedding_heads = dict.fromkeys(types.MODALITIES, embedding_heads)
+
+  def network(num_outputs):
+    return Almt(
+      num_outputs, size, hidden_size, tokens, embedding_depth, dict(embedding_heads), text_heads,
+      hyper_depth, hyper_heads, fusion_hidden_size, fusion_depth, fusion_heads, encoder.config,
+    )  # fmt: skip
+
+  def apply(params, batch, key=None):
+    rngs = None if key is None else {"dropout": key}
+    num_outputs = params["head"]["bias"].shape[0]
+    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
+
+  def init(key, spec):
+    module = network(spec.num_classes or 1)
+    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
+    return encoder.with_weights(params), {}
+
+  def predict(params, batch, extra):
+    del extra
+    return apply(params, batch)
+
+  def loss(params, batch, key, extra):
+    prediction = apply(params, batch, key)["prediction"]
+    task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1])
+    value = task(prediction, batch.label).mean()
+    return value, types.Aux({"mse": value}, extra)
+
+  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+
+
+def _embedding_rules(name: str, letter: str) -> torch_import.Rules:
+  return (
+    (rf"embedding_{letter}\.0\.(weight|bias)", rf"project_{name}/\1"),
+    *hyper_layers.transformer_rules(rf"embedding_{letter}\.1", f"embed_{name}"),
+  )
+
+
+TORCH_RULES = (
+  *bert_lib.torch_rules(r"bertmodel\.model\.", "bert"),
+  *_embedding_rules("text", "l"),
+  *_embedding_rules("audio", "a"),
+  *_embedding_rules("vision", "v"),
+  (r"h_hyper", "hyper"),
+  *hyper_layers.transformer_rules("l_encoder", "text_encoder"),
+  *hyper_layers.hyper_rules("h_hyper_layer", "hyper"),
+  *hyper_layers.transformer_rules("fusion_layer", "fusion"),
+  (r"regression_head\.(weight|bias)", r"head/\1"),
+)
