@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -94,10 +94,40 @@ class _Block(nn.Module):
     return norm("output_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
 
 
+def _mask_bias(mask: Array, dtype) -> Array:
+  """[B, L] -> [B, 1, 1, L], what is added to the attention's logits."""
+  return jnp.where(mask.astype(bool), 0.0, jnp.finfo(dtype).min)[:, None, None, :]
+
+
+class Blocks(nn.Module):
+  """Blocks of BERT over states of any width D: [B, L, D] -> [B, L, D]."""
+
+  depth: int
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array) -> Array:
+    width = x.shape[-1]
+    heads = max(n for n in range(1, 13) if width % n == 0)
+    config = BertConfig(
+      hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width
+    )
+    for n in range(self.depth):
+      x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask, x.dtype))
+    return x
+
+
 class Bert(nn.Module):
-  """The encoder; dropout is on where `apply` gets a "dropout" key."""
+  """The encoder; dropout is on where `apply` gets a "dropout" key.
+
+  Attributes:
+    config: its shape.
+    inject: applied to the states [B, L, D] after the first layer (CENET).
+    train_embeddings: whether the embeddings get a gradient.
+  """
 
   config: BertConfig
+  inject: Callable[[Array], Array] | None = None
+  train_embeddings: bool = True
 
   @nn.compact
   def __call__(self, ids: Array, mask: Array, segments: Array | None = None) -> Array:
@@ -133,9 +163,12 @@ class Bert(nn.Module):
       words + positions + kinds
     )
     x = layers.Dropout(config.hidden_dropout_prob)(x)
-    bias = jnp.where(mask.astype(bool), 0.0, jnp.finfo(x.dtype).min)[:, None, None, :]
+    if not self.train_embeddings:
+      x = jax.lax.stop_gradient(x)
     for n in range(config.num_hidden_layers):
-      x = _Block(config, name=f"layer_{n}")(x, bias)
+      if n == 1 and self.inject is not None:
+        x = self.inject(x)
+      x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask, x.dtype))
     return x
 
 

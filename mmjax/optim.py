@@ -167,14 +167,15 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
   raise ValueError(f"unknown learning-rate schedule {name!r}.")
 
 
-def _one(name, rate, weight_decay, momentum, b1, clip_norm, eps_root):
+def _one(name, rate, weight_decay, momentum, b1, eps, clip_norm, eps_root):
   """One parameter group. `weight_decay` is PyTorch's: added to the gradient, but for adamw."""
   first = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   if name == "adamw":
-    return optax.chain(*first, optax.adamw(rate, b1, weight_decay=weight_decay, eps_root=eps_root))
+    adamw = optax.adamw(rate, b1, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
+    return optax.chain(*first, adamw)
   decay = first + ([optax.add_decayed_weights(weight_decay)] if weight_decay else [])
   if name == "adam":
-    return optax.chain(*decay, optax.adam(rate, b1, eps_root=eps_root))
+    return optax.chain(*decay, optax.adam(rate, b1, eps=eps, eps_root=eps_root))
   if name == "sgd":
     return optax.chain(*decay, optax.sgd(rate, momentum=momentum or None))
   raise ValueError(f"unknown optimizer {name!r}, expected adam, adamw or sgd.")
@@ -188,6 +189,7 @@ def make(
   weight_decay: float = 0.0,
   momentum: float = 0.0,
   b1: float = 0.9,
+  eps: float = 1e-8,
   clip_value: float | None = None,
   clip_norm: float | None = None,
   accumulate: int = 1,
@@ -204,6 +206,7 @@ def make(
     weight_decay: L2 term added to the gradient (adam, sgd) or decoupled (adamw).
     momentum: of sgd.
     b1: decay of Adam's first moment.
+    eps: of Adam's denominator.
     clip_value: clips each gradient entry to [-clip_value, clip_value].
     clip_norm: clips the global norm over all parameters.
     accumulate: number of steps whose gradients are summed before each update.
@@ -211,7 +214,7 @@ def make(
     differentiable: for an inner optimizer of second-order M³S: keeps the derivative of
       Adam's square root finite at zero gradients.
     groups: ((path regex, {settings that differ: name, learning_rate, weight_decay,
-      momentum, b1, or a clip_norm of their own}), …); the first regex found in a parameter's
+      momentum, b1, eps, or a clip_norm of their own}), …); the first regex found in a parameter's
       path decides, "" stands for all.
 
   Returns:
@@ -224,6 +227,7 @@ def make(
     "weight_decay": weight_decay,
     "momentum": momentum,
     "b1": b1,
+    "eps": eps,
   }
 
   def group(settings):

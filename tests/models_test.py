@@ -29,6 +29,7 @@ SETTINGS = {
     size=4, hidden_size=4, tokens=2, embedding_heads=1, text_heads=1, hyper_depth=2, hyper_heads=2,
     fusion_hidden_size=4, fusion_depth=1, fusion_heads=1, bert=BERT,
   ),
+  "cenet": dict(bert=BERT),
   "lnln": dict(
     size=4, tokens=2, discriminator_size=3, depth=1, heads=1, hidden_size=4, hyper_depth=2,
     hyper_heads=2, bert=BERT,
@@ -52,7 +53,7 @@ SETTINGS = {
   ),
 }
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "lnln", "mmin")
+READS_PADDING = ("almt", "cenet", "lnln", "mmin")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.

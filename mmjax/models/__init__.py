@@ -1,9 +1,10 @@
 """The systems by name: `MODELS[name](**settings) -> System`."""
 
-from mmjax.models import almt, lnln, misa, mmim, mmin, self_mm
+from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm
 
 MODELS = {
   "almt": almt.make,
+  "cenet": cenet.make,
   "lnln": lnln.make,
   "misa": misa.make,
   "mmim": mmim.make,
