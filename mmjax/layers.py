@@ -66,15 +66,17 @@ class Conv1d(nn.Module):
 
   features: int
   width: int
-  kernel_init: Callable = nn.initializers.lecun_normal()
+  kernel_init: Callable | None = None  # PyTorch's own by default
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     chex.assert_rank(x, 3)
     steps = x.shape[1] - self.width + 1
-    kernel = self.param("kernel", self.kernel_init, (self.width, x.shape[-1], self.features))
-    bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    return sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width)) + bias
+    init = self.kernel_init or uniform(1 / math.sqrt(self.width * x.shape[-1]))
+    kernel = self.param("kernel", init, (self.width, x.shape[-1], self.features))
+    y = sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width))
+    return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else y
 
 
 class BatchNorm(nn.Module):

@@ -52,8 +52,11 @@ SETTINGS = {
     bert=BERT,
   ),
 }
+SETTINGS["tetfn"] = dict(
+  size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
+)
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "lnln", "mmin")
+READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.

@@ -1,6 +1,6 @@
 """The systems by name: `MODELS[name](**settings) -> System`."""
 
-from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm
+from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm, tetfn
 
 MODELS = {
   "almt": almt.make,
@@ -10,4 +10,5 @@ MODELS = {
   "mmim": mmim.make,
   "mmin": mmin.make,
   "self_mm": self_mm.make,
+  "tetfn": tetfn.make,
 }

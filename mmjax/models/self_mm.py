@@ -134,6 +134,53 @@ def update_tables(
   return {"label": label, "feature": feature}
 
 
+def make_tables(spec: types.Spec, sizes: Sequence[int]) -> dict[str, Any]:
+  """`extra` before training, by the heads' sizes; NaN labels were not met yet. None for classes."""
+  if spec.num_classes:
+    return {}
+  rows = spec.num_train
+  return {
+    "epoch": jnp.int32(0),
+    "label": {task: jnp.full(rows, jnp.nan) for task in TASKS},
+    "feature": {task: jnp.zeros((rows, h)) for task, h in zip(TASKS, sizes, strict=True)},
+  }
+
+
+def multitask_loss(
+  out: Mapping[str, Array],
+  batch: types.Batch,
+  extra: types.Extra,
+  *,
+  bound: float,
+  exclude_zero: bool,
+) -> tuple[Array, types.Aux]:
+  """Σ over M, T, A, V of mean(w |prediction - label|), and the tables after the step (eq. 15).
+
+  w is 1 for M, and tanh |label - multimodal label| for a modality. Classes have no polarity, so
+  nothing can be generated: all heads learn the multimodal label by cross-entropy then.
+  """
+  prediction = {task: out[f"prediction_{task}"] for task in TASKS}
+  names = dict(zip(TASKS, "MTAV", strict=True))
+  if prediction["fusion"].ndim == 2:
+    error = losses.task_loss(prediction["fusion"].shape[1])
+    parts = {names[t]: error(prediction[t], batch.label).mean() for t in TASKS}
+    return sum(parts.values()), types.Aux(parts, extra)
+  known = {task: table[batch.index] for task, table in extra["label"].items()}
+  known = {task: jnp.where(jnp.isnan(own), batch.label, own) for task, own in known.items()}
+  parts = {}
+  for task, name in names.items():
+    error = losses.absolute_error(prediction[task], known[task])
+    weight = jnp.tanh(jnp.abs(known[task] - known["fusion"])) if name != "M" else 1.0
+    parts[name] = (weight * error).mean()
+  label = {task: extra["label"][task].at[batch.index].set(known[task]) for task in TASKS}
+  features = {task: jax.lax.stop_gradient(out[f"feature_{task}"]) for task in TASKS}
+  successor = update_tables(
+    {"label": label, "feature": extra["feature"]}, features, batch.index, extra["epoch"],
+    bound=bound, exclude_zero=exclude_zero,
+  )  # fmt: skip
+  return sum(parts.values()), types.Aux(parts, {**extra, **successor})
+
+
 def make(
   *,
   lstm_sizes: Sequence[int] = (16, 32),
@@ -147,9 +194,6 @@ def make(
   bert: Mapping[str, Any] | None = None,
 ) -> types.System:
   """Self-MM as a system; the defaults are MMSA's for MOSI.
-
-  Labels that are classes have no polarity, so nothing can be generated from centres: the
-  unimodal heads then learn the multimodal label by cross-entropy (our choice).
 
   Args:
     lstm_sizes: width of the audio and the vision LSTM.
@@ -184,40 +228,16 @@ def make(
   def init(key, spec):
     module = network(spec.num_classes or 1)
     params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
-    rows = spec.num_train
-    extra = {
-      "epoch": jnp.int32(0),
-      "label": {task: jnp.full(rows, jnp.nan) for task in TASKS},  # NaN: not met yet
-      "feature": {t: jnp.zeros((rows, h)) for t, h in zip(TASKS, head_sizes, strict=True)},
-    }
-    return encoder.with_weights(params), {} if spec.num_classes else extra
+    return encoder.with_weights(params), make_tables(spec, head_sizes)
 
   def predict(params, batch, extra):
     del extra
     return apply(params, batch)
 
   def loss(params, batch, key, extra):
-    out = apply(params, batch, key)
-    prediction = {task: out[f"prediction_{task}"] for task in TASKS}
-    if prediction["fusion"].ndim == 2:
-      task_loss = losses.task_loss(prediction["fusion"].shape[1])
-      parts = {t[0].upper(): task_loss(prediction[t], batch.label).mean() for t in TASKS}
-      parts["M"] = parts.pop("F")
-      return sum(parts.values()), types.Aux(parts, extra)
-    known = {task: table[batch.index] for task, table in extra["label"].items()}
-    known = {task: jnp.where(jnp.isnan(own), batch.label, own) for task, own in known.items()}
-    table = {task: extra["label"][task].at[batch.index].set(known[task]) for task in TASKS}
-    parts = {}
-    for task, name in zip(TASKS, "MTAV", strict=True):
-      error = losses.absolute_error(prediction[task], known[task])
-      weight = jnp.tanh(jnp.abs(known[task] - known["fusion"])) if name != "M" else 1.0
-      parts[name] = (weight * error).mean()
-    features = {task: jax.lax.stop_gradient(out[f"feature_{task}"]) for task in TASKS}
-    successor = update_tables(
-      {"label": table, "feature": extra["feature"]}, features, batch.index, extra["epoch"],
-      bound=bound, exclude_zero=exclude_zero,
-    )  # fmt: skip
-    return sum(parts.values()), types.Aux(parts, {**extra, **successor})
+    return multitask_loss(
+      apply(params, batch, key), batch, extra, bound=bound, exclude_zero=exclude_zero
+    )
 
   return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
 
