@@ -58,7 +58,7 @@ class Dropout(nn.Module):
 
 
 class Conv1d(nn.Module):
-  """nn.Conv1d without padding: [B, L, D] -> [B, L - width + 1, features].
+  """nn.Conv1d, `padding` zeros at both ends: [B, L, D] -> [B, L - width + 1 + 2 padding, features].
 
   A sum of shifted matrix products: XLA's own convolution is slow by orders of magnitude in a
   compiled loop on a CPU, where every training epoch runs.
@@ -68,10 +68,12 @@ class Conv1d(nn.Module):
   width: int
   kernel_init: Callable | None = None  # PyTorch's own by default
   use_bias: bool = True
+  padding: int = 0
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     chex.assert_rank(x, 3)
+    x = jnp.pad(x, ((0, 0), (self.padding, self.padding), (0, 0)))
     steps = x.shape[1] - self.width + 1
     init = self.kernel_init or uniform(1 / math.sqrt(self.width * x.shape[-1]))
     kernel = self.param("kernel", init, (self.width, x.shape[-1], self.features))
@@ -170,6 +172,55 @@ class BiLSTM(nn.Module):
     forward, final_forward = LSTM(self.features, name="forward")(x, valid)
     backward, final_backward = LSTM(self.features, reverse=True, name="backward")(x, valid)
     return jnp.concatenate([forward, backward], -1), (final_forward, final_backward)
+
+
+class GRU(nn.Module):
+  """One direction of nn.GRU: gates r, z, n and two biases; padding as in `LSTM`.
+
+  Attributes:
+    features: H.
+    reverse: scan from the last step to the first.
+  """
+
+  features: int
+  reverse: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array) -> Array:
+    """x [B, L, D], valid [B, L] -> outputs [B, L, H], zero on padding."""
+    hidden, init = self.features, uniform(1 / math.sqrt(self.features))
+    w_ih = self.param("w_ih", init, (x.shape[-1], 3 * hidden))
+    w_hh = self.param("w_hh", init, (hidden, 3 * hidden))
+    b_ih, b_hh = (self.param(name, init, (3 * hidden,)) for name in ("b_ih", "b_hh"))
+
+    def step(h, inputs):
+      projected, valid = inputs
+      r, z, n = jnp.split(projected, 3, -1)
+      h_r, h_z, h_n = jnp.split(h @ w_hh + b_hh, 3, -1)
+      z = jax.nn.sigmoid(z + h_z)
+      new = (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + h_r) * h_n) + z * h
+      valid = valid[:, None]
+      return jnp.where(valid, new, h), jnp.where(valid, new, 0)
+
+    inputs = ((x @ w_ih + b_ih).swapaxes(0, 1), valid.T)
+    zero = jnp.zeros((x.shape[0], hidden), x.dtype)
+    return jax.lax.scan(step, zero, inputs, reverse=self.reverse)[1].swapaxes(0, 1)
+
+
+class BiGRU(nn.Module):
+  """Bidirectional nn.GRU of several layers without dropout; `features` is H per direction."""
+
+  features: int
+  depth: int
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array) -> Array:
+    """[B, L, D] -> [B, L, 2H]."""
+    for n in range(self.depth):
+      forward = GRU(self.features, name=f"forward_{n}")(x, valid)
+      backward = GRU(self.features, reverse=True, name=f"backward_{n}")(x, valid)
+      x = jnp.concatenate([forward, backward], -1)
+    return x
 
 
 class MultiHeadAttention(nn.Module):

@@ -39,6 +39,18 @@ def lstm_rules(prefix: str, path: str, *, bidirectional: bool) -> Rules:
   return tuple(rules)
 
 
+def gru_rules(prefix: str, path: str) -> Rules:
+  """Rules for a bidirectional nn.GRU at the regex `prefix`: a `BiGRU` at `path`."""
+  rules = []
+  for name, leaf in _LSTM.items():
+    name = name.replace("_l0", r"_l(\d+)")
+    rules += [
+      (rf"{prefix}\.{name}", rf"{path}/forward_\1/{leaf}"),
+      (rf"{prefix}\.{name}_reverse", rf"{path}/backward_\1/{leaf}"),
+    ]
+  return tuple(rules)
+
+
 def encoder_layer_rules(prefix: str, path: str) -> Rules:
   """Rules for an nn.TransformerEncoderLayer at the regex `prefix`, as `path`."""
   return (

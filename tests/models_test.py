@@ -55,8 +55,12 @@ SETTINGS = {
 SETTINGS["tetfn"] = dict(
   size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
 )
+SETTINGS["tfr_net"] = dict(
+  size=4, heads=2, depth=1, memory_depth=1, temporal_heads=2, gate_sizes=(3, 2, 3), gate_depth=1,
+  hidden_size=4, bert=BERT,
+)  # fmt: skip
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn")
+READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn", "tfr_net")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.

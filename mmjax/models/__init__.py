@@ -1,6 +1,6 @@
 """The systems by name: `MODELS[name](**settings) -> System`."""
 
-from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm, tetfn
+from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm, tetfn, tfr_net
 
 MODELS = {
   "almt": almt.make,
@@ -11,4 +11,5 @@ MODELS = {
   "mmin": mmin.make,
   "self_mm": self_mm.make,
   "tetfn": tetfn.make,
+  "tfr_net": tfr_net.make,
 }

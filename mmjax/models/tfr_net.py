@@ -1,0 +1,293 @@
+"""TFR-Net: the Transformer-based feature reconstruction network (Yuan et al. 2021).
+
+Crossmodal Transformers let each modality attend to itself and to the other two; gated GRUs
+condense the results for the prediction. In training, generators restore what was missing, and
+only that is compared with the complete data.
+
+Paper: https://dl.acm.org/doi/10.1145/3474085.3475585. Parity: MMSA's code and its quirks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmjax import bert as bert_lib
+from mmjax import crossmodal, layers, losses, masking, torch_import, types
+
+Array = types.Array
+LETTERS = {"text": "l", "audio": "a", "vision": "v"}
+EPS = 1e-4
+
+
+class Gate(nn.Module):
+  """[B, L, D] -> [B, H]: a gated bidirectional GRU beside the input, max over time."""
+
+  size: int
+  depth: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x: Array, valid: Array) -> Array:
+    states = layers.BiGRU(self.size, self.depth, name="gru")(x, valid)
+    gate = jax.nn.sigmoid(layers.Conv1d(1, 3, padding=1, name="gate")(states))
+    hidden = jnp.concatenate([x, jnp.tanh(states) * gate], -1)
+    hidden = jnp.tanh(layers.Dense(self.size, name="out")(hidden))
+    return layers.Dropout(self.dropout)(hidden.max(1))  # over padding too, as published
+
+
+class TextStates(nn.Module):
+  """[B, L, D] states of the observed text; twice with the same weights in training."""
+
+  config: bert_lib.BertConfig
+
+  @nn.compact
+  def __call__(self, batch: types.Batch) -> Array:
+    return bert_lib.text_states(self.config, batch)
+
+
+class TfrNet(nn.Module):
+  """The network; see `make` for the attributes."""
+
+  num_outputs: int
+  size: int
+  heads: int
+  depth: int
+  memory_depth: int
+  temporal_heads: int
+  kernel_sizes: Sequence[int]
+  gate_sizes: Sequence[int]
+  gate_depth: int
+  hidden_size: int
+  text_dropout: float
+  attention_dropout: Sequence[float]
+  transformer_dropout: float
+  gate_dropout: float
+  head_dropout: float
+  bert: bert_lib.BertConfig
+
+  @nn.compact
+  def __call__(self, batch: types.Batch, *, generate: bool, train: bool) -> dict[str, Array]:
+    """Runs.
+
+    Args:
+      batch: the batch.
+      generate: whether the missing features are restored, and the complete text encoded.
+      train: whether the head's BatchNorm uses the batch's statistics.
+    """
+    encode = TextStates(self.bert, name="text")
+    states = encode(batch)
+    inputs = {
+      "text": layers.Dropout(self.text_dropout)(states),
+      "audio": masking.observed(batch.audio),
+      "vision": masking.observed(batch.vision),
+    }
+    out, x = {"text_states": states}, {}
+    for n, name in enumerate(types.MODALITIES):
+      width = self.kernel_sizes[n]
+      project = layers.Conv1d(
+        self.size, width, use_bias=False, padding=(width - 1) // 2, name=f"project_{name}"
+      )
+      x[name] = project(inputs[name])
+      out[f"projected_{name}"] = x[name]
+
+    dropout = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
+    vectors = []
+    for n, name in enumerate(types.MODALITIES):
+      memory = self._transformer(f"{name}_memory", self.heads, self.memory_depth, dropout["text"])
+      found = [memory(x[name])]
+      for source in (m for m in types.MODALITIES if m != name):
+        attend = self._transformer(
+          f"{name}_with_{source}", self.heads, self.depth, dropout[source]
+        )
+        found.append(attend(x[name], x[source]))
+        out[f"{name}_with_{source}"] = found[-1]
+      out[f"memory_{name}"], h = found[0], jnp.concatenate(found, -1)
+      out[f"joint_{name}"] = h
+      gate = Gate(self.gate_sizes[n], self.gate_depth, self.gate_dropout, name=f"gate_{name}")
+      vectors.append(gate(h, getattr(batch, name).valid))
+      out[f"utt_{name}"] = vectors[-1]
+      if generate:
+        steps = h.shape[1]
+        heads = max(k for k in range(1, self.temporal_heads + 1) if steps % k == 0)
+        final = self._transformer(
+          f"{name}_final", heads, self.memory_depth, dropout["text"], positions=False
+        )
+        # as published: features are the batch, samples the steps, and steps the channels
+        final = final(h.transpose(2, 0, 1)).transpose(1, 2, 0)
+        clean = encode(masking.complete(batch)) if name == "text" else getattr(batch, name).x
+        restore = layers.Dense(clean.shape[-1], name=f"generate_{name}")
+        out |= {f"final_{name}": final, f"generated_{name}": restore(final)}
+        out[f"complete_{name}"] = clean
+
+    hidden = layers.BatchNorm(name="head_norm")(jnp.concatenate(vectors, -1), train)
+    hidden = jax.nn.leaky_relu(layers.Dense(self.hidden_size, name="head_1")(hidden))
+    hidden = layers.Dropout(self.head_dropout)(hidden)
+    scores = layers.Dense(self.num_outputs, name="head_2")(hidden)
+    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    return out
+
+  def _transformer(self, name, heads, depth, attention_dropout, positions=True):
+    rate = self.transformer_dropout
+    return crossmodal.CrossmodalTransformer(
+      heads, depth, attention_dropout, rate, rate, rate, positions=positions, name=name
+    )
+
+
+def generation_loss(
+  generated: Array, target: Array, m: types.Modality, similarity_weight: float
+) -> Array:
+  """Error of what was missing: smooth L1 and CMD of three moments, each over the entries (§3.3).
+
+  Args:
+    generated, target: [B, L, D].
+    m: its `seen` and `valid` say what was missing.
+    similarity_weight: of CMD.
+
+  Returns:
+    [] the loss.
+  """
+  seen = m.seen if m.seen.ndim == 2 else m.seen.all(-1)
+  missing = (m.valid & ~seen)[:, :, None].astype(generated.dtype)
+  count = missing.sum() * generated.shape[-1] + EPS
+  generated, target = generated * missing, target * missing
+  flat = (z.reshape(-1, z.shape[-1]) for z in (generated, target))
+  similar = losses.cmd(*flat, moments=3)
+  error = optax.losses.huber_loss(generated, target).sum()
+  return (error + similarity_weight * similar) / count
+
+
+def loss_parts(
+  out: Mapping[str, Array],
+  batch: types.Batch,
+  weights: Sequence[float],
+  similarity_weight: float,
+) -> dict[str, Array]:
+  """"pred", "gen_text", "gen_audio", "gen_vision" and their weighted sum "gen"."""
+  prediction = out["prediction"]
+  task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1], "l1")
+  parts = {"pred": task(prediction, batch.label).mean()}
+  for name in types.MODALITIES:
+    parts[f"gen_{name}"] = generation_loss(
+      out[f"generated_{name}"], out[f"complete_{name}"], getattr(batch, name), similarity_weight
+    )
+  named = zip(weights, types.MODALITIES, strict=True)
+  return {**parts, "gen": sum(weight * parts[f"gen_{name}"] for weight, name in named)}
+
+
+def make(
+  *,
+  size: int = 30,
+  heads: int = 6,
+  depth: int = 3,
+  memory_depth: int = 3,
+  temporal_heads: int = 25,
+  kernel_sizes: Sequence[int] = (1, 5, 3),
+  gate_sizes: Sequence[int] = (36, 20, 48),
+  gate_depth: int = 3,
+  hidden_size: int = 128,
+  text_dropout: float = 0.2,
+  attention_dropout: Sequence[float] = (0.2, 0.1, 0.0),
+  transformer_dropout: float = 0.2,
+  gate_dropout: float = 0.2,
+  head_dropout: float = 0.0,
+  generation_weights: Sequence[float] = (5.0, 2.0, 20.0),
+  similarity_weight: float = 5.0,
+  bert: Mapping[str, Any] | None = None,
+) -> types.System:
+  """TFR-Net as a system; the defaults are MMSA's for MOSI. Threes are of text, audio, vision.
+
+  Args:
+    size: D, width of the projected sequences.
+    heads: of the crossmodal Transformers; they divide D.
+    depth: their layers.
+    memory_depth: layers of the intramodal Transformers and of those before the generators.
+    temporal_heads: largest number of heads of the Transformers before the generators; it is
+      lowered to a divisor of the modality's steps, which are their channels.
+    kernel_sizes: odd widths of the projecting convolutions.
+    gate_sizes: H of the gated GRUs; `gate_depth` their layers.
+    hidden_size: of the head.
+    text_dropout, attention_dropout, transformer_dropout, gate_dropout, head_dropout: rates.
+    generation_weights: of the modalities' generation losses.
+    similarity_weight: of CMD inside of them.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+
+  Returns:
+    The system. Its one phase, "main", logs pred, gen and gen's parts; gen enters in the second
+    epoch.
+  """
+  encoder = bert_lib.setup(bert)
+  if size % heads:
+    raise ValueError(f"size is {size}, but must be divisible by heads {heads}.")
+
+  def apply(params, batch, extra, key=None, *, train=False, num_outputs=None):
+    num_outputs = num_outputs or params["head_2"]["bias"].shape[0]
+    module = TfrNet(
+      num_outputs, size, heads, depth, memory_depth, temporal_heads, tuple(kernel_sizes),
+      tuple(gate_sizes), gate_depth, hidden_size, text_dropout, tuple(attention_dropout),
+      transformer_dropout, gate_dropout, head_dropout, encoder.config,
+    )  # fmt: skip
+    if params is None:
+      return module.init(key, batch, generate=True, train=False)
+    rngs = None if key is None else {"dropout": key}
+    variables = {"params": params, "batch_stats": extra["batch_stats"]}
+    mutable = ["batch_stats"] if train else []
+    out, changed = module.apply(
+      variables, batch, generate=train, train=train, rngs=rngs, mutable=mutable
+    )
+    return out, {**extra, **changed}
+
+  def init(key, spec):
+    @jax.jit
+    def start(key):
+      outputs = spec.num_classes or 1
+      return apply(None, types.example_batch(spec), None, key, num_outputs=outputs)
+
+    variables = start(key)
+    params = variables["params"]
+    if "text" in params:
+      params = {**params, "text": encoder.with_weights(params["text"])}
+    return params, {"epoch": jnp.int32(0), "batch_stats": variables["batch_stats"]}
+
+  def predict(params, batch, extra):
+    return apply(params, batch, extra)[0]
+
+  def loss(params, batch, key, extra):
+    out, extra = apply(params, batch, extra, key, train=True)
+    parts = loss_parts(out, batch, generation_weights, similarity_weight)
+    total = parts["pred"] + jnp.where(extra["epoch"] > 0, parts["gen"], 0.0)
+    return total, types.Aux(parts, extra)
+
+  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+
+
+def _rules() -> torch_import.Rules:
+  align, fuse, rules = r"align_subnet\.Model\.", r"fusion_subnet\.Model\.", []
+  for name, letter in LETTERS.items():
+    rules.append((rf"{align}proj_{letter}\.weight", f"project_{name}/weight"))
+    for part, ours in (("mem", "memory"), ("final", "final")):
+      rules += crossmodal.torch_rules(rf"{align}trans_{letter}_{part}", f"{name}_{ours}")
+    for source, other in LETTERS.items():
+      at = rf"{align}trans_{letter}_with_{other}"
+      rules += crossmodal.torch_rules(at, f"{name}_with_{source}")
+    at = rf"{fuse}{name}_encoder\."
+    rules += torch_import.gru_rules(rf"{at}gru\.gru", f"gate_{name}/gru")
+    rules += [
+      (rf"{at}cnn\.(weight|bias)", rf"gate_{name}/gate/\1"),
+      (rf"{at}fc\.(weight|bias)", rf"gate_{name}/out/\1"),
+      (rf"generator_{name[0]}\.Model\.linear\.(weight|bias)", rf"generate_{name}/\1"),
+    ]
+  return tuple(rules)
+
+
+TORCH_RULES = (
+  *bert_lib.torch_rules(r"text_model\.model\.", "text/bert"),
+  *_rules(),
+  (r"fusion_subnet\.Model\.classifier\.linear_trans_norm\.(weight|bias)", r"head_norm/\1"),
+  (r"fusion_subnet\.Model\.classifier\.linear_trans_norm\.num_batches_tracked", None),
+  (r"fusion_subnet\.Model\.classifier\.linear_trans_hidden\.(weight|bias)", r"head_1/\1"),
+  (r"fusion_subnet\.Model\.classifier\.linear_trans_final\.(weight|bias)", r"head_2/\1"),
+)
