@@ -51,14 +51,14 @@ SETTINGS = {
     head_dropout=(0.1, 0.1, 0.1, 0.1),
     bert=BERT,
   ),
-}
-SETTINGS["tetfn"] = dict(
-  size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
-)
-SETTINGS["tfr_net"] = dict(
-  size=4, heads=2, depth=1, memory_depth=1, temporal_heads=2, gate_sizes=(3, 2, 3), gate_depth=1,
-  hidden_size=4, bert=BERT,
-)  # fmt: skip
+  "tetfn": dict(
+    size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
+  ),
+  "tfr_net": dict(
+    size=4, heads=2, depth=1, memory_depth=1, temporal_heads=2, gate_sizes=(3, 2, 3), gate_depth=1,
+    hidden_size=4, bert=BERT,
+  ),
+}  # fmt: skip
 # Systems whose published code reads the frames of padding too.
 READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn", "tfr_net")
 # Systems without any dropout of their own; BERT's is what is left.
@@ -148,11 +148,18 @@ def make_case(name: str, kind: str) -> Case:
   return Case(name, *{"regression": (False, 0), "classification": (True, 3)}[kind])
 
 
-@pytest.fixture(
-  scope="module",
-  params=[(name, kind) for name in models.MODELS for kind in ("regression", "classification")],
-  ids="-".join,
-)
+# Systems whose programs take long to compile: their second case is for `pytest -m slow`.
+LARGE = ("almt", "lnln", "tetfn", "tfr_net")
+
+
+def all_cases():
+  for name in models.MODELS:
+    for kind in ("regression", "classification"):
+      slow = name in LARGE and kind == "classification"
+      yield pytest.param((name, kind), id=f"{name}-{kind}", marks=[pytest.mark.slow] * slow)
+
+
+@pytest.fixture(scope="module", params=all_cases())
 def case(request) -> Case:
   return make_case(*request.param)
 

@@ -34,11 +34,26 @@ def quick_compilation():
 
 # Number of gradients, so that a comparison cannot lose some; mmin.npz is without its variants.
 GRADIENTS = {"misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75}
+# Large files, which are not copied, and large programs: `pytest -m slow`.
+SHARED = ROOT.parent / "shared" / "parity"
+LARGE = {"almt": 222, "cenet": 84, "lnln": 306, "tetfn": 336, "tfr_net": 522}
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_the_published_models(name):
-  path = RECORDED.with_name(f"{name}.npz")
+  compare_all(RECORDED.with_name(f"{name}.npz"), GRADIENTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_published_large_models(name):
+  path = SHARED / f"{name}.npz"
+  if not path.exists():
+    pytest.skip(f"{path} is not here")
+  compare_all(path, LARGE[name])
+
+
+def compare_all(path, gradients):
   arrays = parity.read(path)
   rows = list(parity.find(path).compare(arrays))
   groups = parity.judge(rows, 1e-4, 1e-3)
@@ -47,7 +62,7 @@ def test_the_published_models(name):
   counted = {group.name: group.tensors for group in groups}
   for group in ("output", "loss", "grad"):
     assert counted[group] >= sum(key.startswith(f"{group}/") for key in arrays)
-  assert counted["grad"] == GRADIENTS[name]
+  assert counted["grad"] == gradients
 
 
 @pytest.mark.parametrize(

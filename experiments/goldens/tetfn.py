@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import goldens
 from experiments.goldens import self_mm
