@@ -12,17 +12,15 @@ and epochs_{valid,test}.png (metrics against the epoch).
 import itertools
 import os
 import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent import futures
 
 import jax
 import pandas as pd
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import report
+from experiments import jobs, report
 from experiments import run as run_lib
 from experiments import workdir as workdir_lib
 from mmjax import evaluate
@@ -58,29 +56,18 @@ def open_folder(rate: str, method: str, seed: int) -> workdir_lib.Workdir:
 
 
 def train_in_processes(left: Sequence[tuple[str, str, int]]) -> None:
-  """Trains each (rate, method, seed) in its folder, each process on a core of its own."""
-  config = [flag for flag in sys.argv[1:] if flag.startswith("--config")]
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  free = list(range(_PROCESSES.value))
-
-  def train_one(key):
-    rate, method, seed = key
-    slot = free.pop()
-    command = [
-      sys.executable, "-m", "experiments.train", *config, f"--data_dir={_DATA_DIR.value}",
-      f"--workdir={folder_of(*key)}", f"--method={method}", f"--missing_rate={rate}",
-      f"--seed={seed}", "--log_test",
-    ]  # fmt: skip
-    alone = _PROCESSES.value > 1 and cores
-    pin = (lambda: os.sched_setaffinity(0, {cores[slot % len(cores)]})) if alone else None
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin, check=False)
-    free.append(slot)
-    if done.returncode:
-      raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    print(f"{method}, {rate}, seed {seed}: {done.stdout.splitlines()[0]}", flush=True)
-
-  with futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
-    list(pool.map(train_one, left))
+  """Trains each (rate, method, seed) in its folder."""
+  config = tuple(flag for flag in sys.argv[1:] if flag.startswith("--config"))
+  jobs.run(
+    [
+      jobs.Job(
+        f"{method}, {rate}, seed {seed}", config, _DATA_DIR.value,
+        folder_of(rate, method, seed), method, rate, seed,
+      )
+      for rate, method, seed in left
+    ],
+    _PROCESSES.value,
+  )  # fmt: skip
 
 
 def train_together(left: Sequence[tuple[str, str, int]], dataset) -> None:

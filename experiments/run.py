@@ -16,6 +16,7 @@ from mmjax import checkpoint, data, evaluate, masking, meta, metrics, models, op
 
 # The training methods and how the paper writes them.
 METHODS = {"orig": "ORIG", "spl": "SPL-TRN", "m3s": "M3S"}
+SELECTIONS = ("validation", "test_oracle")
 
 
 class Interrupted(Exception):
@@ -57,12 +58,15 @@ def make_system(config: ml_collections.ConfigDict) -> types.System:
   return models.MODELS[name](**settings)
 
 
-def make_mask_of(config: ml_collections.ConfigDict) -> Callable[[object], types.MaskFn]:
-  """`rates -> MaskFn` of the kind that `config.mask` names."""
+def make_mask_of(
+  config: ml_collections.ConfigDict, *, training: bool = False
+) -> Callable[[object], types.MaskFn]:
+  """`rates -> MaskFn` of the kind that `config.mask` names, for training or for evaluation."""
+  share = config.mask.get("complete_share", 0.0) if training else 0.0
   kind, removed = config.mask.kind, tuple(config.mask.get("drop", ()))
   kinds = {
     "span": functools.partial(masking.span, axis=config.mask.axis),
-    "bernoulli": masking.bernoulli,
+    "bernoulli": functools.partial(masking.bernoulli, complete_share=share),
   }
   if kind not in kinds:
     raise ValueError(f"unknown mask kind {kind!r}, expected one of {list(kinds)}.")
@@ -75,7 +79,7 @@ def make_method(
   config: ml_collections.ConfigDict, method: str, missing_rate: tuple[float, float]
 ) -> Callable[[types.PRNGKey], types.Method]:
   """The training method by its name ("orig", "spl" or "m3s"), as a function of the run's key."""
-  mask = make_mask_of(config)(missing_rate)
+  mask = make_mask_of(config, training=True)(missing_rate)
   if method == "orig":
     return lambda key: functools.partial(meta.fixed_missing, mask=mask, key=key)
   if method == "spl":
@@ -133,12 +137,16 @@ def make_run(
       system,
       split,
       dataset.spec,
-      evaluate.rate_condition(*missing_rate),
+      evaluate.rate_condition(*(settings.get("valid_rate", ()) or missing_rate)),
       mask_of=make_mask_of(config),
       seed=seed,
     )
     for split in (dataset.valid, dataset.test)
   )
+  if settings.get("selection", "validation") not in SELECTIONS:
+    raise ValueError(f"selection is {settings.selection!r}, expected one of {SELECTIONS}.")
+  if settings.get("selection") == "test_oracle":
+    validate = test
   return Run(config, dataset, recipe, validate, test, jax.random.key(seed))
 
 

@@ -1,8 +1,9 @@
 """Results -> figures. matplotlib is imported when a figure is drawn, not before."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 # Reads well in print and for colour-blind readers (Okabe-Ito).
@@ -62,6 +63,42 @@ def curves(
     panel.grid(alpha=0.25)
   if lines is not None:
     panels[0].legend(frameon=False)
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  drawn.savefig(path, dpi=150)
+  return path
+
+
+def matrices(
+  named: Mapping[str, np.ndarray],
+  names: Sequence[object],
+  path: str | pathlib.Path,
+  *,
+  columns: int,
+) -> pathlib.Path:
+  """Draws square matrices of counts, each row as shares of its sum.
+
+  Args:
+    named: title -> [C, C] counts.
+    names: C names of rows and columns.
+    path: where to write the figure; its suffix picks the format.
+    columns: panels side by side.
+
+  Returns:
+    The path.
+  """
+  from matplotlib import figure
+
+  rows = -(-len(named) // columns)
+  drawn = figure.Figure(figsize=(2.6 * columns, 2.7 * rows), layout="constrained")
+  panels = drawn.subplots(rows, columns, squeeze=False).ravel()
+  for panel, (title, counts) in zip(panels, named.items(), strict=False):
+    panel.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues")
+    panel.set_title(title, fontsize=8)
+    panel.set_xticks(range(len(names)), names, fontsize=6)
+    panel.set_yticks(range(len(names)), names, fontsize=6)
+  for panel in panels[len(named) :]:
+    panel.axis("off")
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   drawn.savefig(path, dpi=150)

@@ -28,11 +28,14 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
     epochs=100,
     patience=20,  # epochs without a better validation; 0 never stops early
     select="f1" if classes else "mae",  # the validation metric that picks the epoch
+    valid_rate=(),  # (lowest, highest) missing rate in validation; as in training
+    selection="validation",  # "test_oracle" picks by the test split, as published LNLN: no result
   )
   config.optimizer = dict(name="adam", learning_rate=1e-4)
   config.mask = dict(
     kind="span",  # span (M³S) or bernoulli (LNLN)
     axis="time",  # of spans: "time" or "feature"
+    complete_share=0.0,  # bernoulli, in training: how many samples' modalities stay complete
     drop=(),  # modalities that are never seen, in training and testing
   )
   config.m3s = dict(

@@ -33,6 +33,7 @@ def get_config(dataset: str = "mosi"):
   )
   config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.mask.kind = "bernoulli"
+  config.mask.complete_share = 0.5
   config.train.batch_size = 64
   config.train.epochs = 200
   config.train.patience = 32

@@ -1,0 +1,58 @@
+"""Many trainings, one process per core; shared by the binaries that compare."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent import futures
+from typing import NamedTuple
+
+
+class Job(NamedTuple):
+  """One run of `experiments.train`.
+
+  Attributes:
+    name: says which it is, in messages.
+    config: the config's flags, "--config=…" first.
+    data_dir, folder, method, missing_rate, seed: the other flags.
+  """
+
+  name: str
+  config: tuple[str, ...]
+  data_dir: str
+  folder: os.PathLike
+  method: str
+  missing_rate: str
+  seed: int
+
+
+def run(jobs: Sequence[Job], processes: int) -> None:
+  """Trains each job in its folder, on a core of its own where there are several processes.
+
+  Args:
+    jobs: the jobs; a finished one ends at once.
+    processes: how many at a time.
+
+  Raises:
+    RuntimeError: with the command and its output, if one fails. The others are finished first.
+  """
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  free = list(range(processes))
+
+  def train(job):
+    slot = free.pop()
+    command = [
+      sys.executable, "-m", "experiments.train", *job.config, f"--data_dir={job.data_dir}",
+      f"--workdir={os.fspath(job.folder)}", f"--method={job.method}",
+      f"--missing_rate={job.missing_rate}", f"--seed={job.seed}", "--log_test",
+    ]  # fmt: skip
+    alone = processes > 1 and cores
+    pin = (lambda: os.sched_setaffinity(0, {cores[slot % len(cores)]})) if alone else None
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin, check=False)
+    free.append(slot)
+    if done.returncode:
+      raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    print(f"{job.name}: {done.stdout.splitlines()[0]}", flush=True)
+
+  with futures.ThreadPoolExecutor(processes) as pool:
+    list(pool.map(train, jobs))
