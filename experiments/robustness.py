@@ -37,10 +37,7 @@ _COMPLETE_SHARE = flags.DEFINE_float(
   "complete_share", 0.5, "Share of complete samples in training, per modality (bernoulli)."
 )
 _SEEDS = flags.DEFINE_list("seeds", ["1111", "1112", "1113"], "Training seeds.")
-_MASK_COMPLETE_SHARE = flags.DEFINE_float(
-  "complete_share", 0.5, "Share of complete samples in training, per modality (bernoulli)."
-)
-_SEEDS = flags.DEFINE_integer("mask_seeds", 3, "Test masks per run.", lower_bound=1)
+_MASK_SEEDS = flags.DEFINE_integer("mask_seeds", 3, "Test masks per run.", lower_bound=1)
 _CONDITIONS = flags.DEFINE_list("conditions", ["rates", "modalities"], "What to evaluate.")
 _SELECTION = flags.DEFINE_enum(
   "selection", "validation", run_lib.SELECTIONS,
