@@ -13,7 +13,7 @@ import pytest
 from data_prep import convert
 from experiments import import_torch
 from experiments import run as run_lib
-from experiments.configs import mmim, self_mm
+from experiments.configs import misa, mmim, mmin, self_mm
 from mmjax import optim, synthetic
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -187,3 +187,45 @@ def test_mmims_rate_falls_as_there():
     update, state = optimizer.update({"w": jnp.ones(1)}, state, params)
     np.testing.assert_allclose(-update["w"], sgd.param_groups[0]["lr"])
   assert sgd.param_groups[0]["lr"] < 0.3
+
+
+@pytest.mark.parametrize("name", ["misa", "mmim", "mmin"])
+def test_peculiar_optimizers_step_as_there(name):
+  """MISA clips values; MMIM and MMIN norms, MMIN's of each network, with β₁ = 0.5."""
+  random = np.random.default_rng(0)
+  shapes = {"audio": (3, 2), "text": (4,)}
+  start = {part: random.normal(size=shape).astype(np.float32) for part, shape in shapes.items()}
+  theirs = {part: nn.Parameter(torch.tensor(value)) for part, value in start.items()}
+  if name == "misa":
+    settings = misa.get_config("mosi").optimizer.to_dict()
+    adam = torch.optim.Adam(theirs.values(), lr=1e-4)
+    clip = lambda: nn.utils.clip_grad_value_(theirs.values(), 0.8)  # noqa: E731
+  elif name == "mmim":
+    settings = mmim.get_config("mosi").optimizer.to_dict()
+    adam = torch.optim.Adam(theirs.values(), lr=1e-3, weight_decay=1e-4)
+    clip = lambda: nn.utils.clip_grad_norm_(theirs.values(), 1.0)  # noqa: E731
+  else:
+    config = mmin.get_config("iemocap")
+    settings = {**config.optimizer, **config.phase_optimizer.student, "learning_rate": 2e-4}
+    adam = torch.optim.Adam(theirs.values(), lr=2e-4, betas=(0.5, 0.999))
+
+    def clip():
+      for parameter in theirs.values():
+        nn.utils.clip_grad_norm_([parameter], 1.0)
+
+  optimizer = optim.make(**settings)
+  params = {"student": {"encoders": {p: {"w": jnp.asarray(v)} for p, v in start.items()}}}
+  state = optimizer.init(params)
+  for _ in range(5):
+    grads = {p: 2 * random.normal(size=shape).astype(np.float32) for p, shape in shapes.items()}
+    for part, gradient in grads.items():
+      theirs[part].grad = torch.tensor(gradient)
+    clip()
+    adam.step()
+    ours = {"student": {"encoders": {p: {"w": jnp.asarray(g)} for p, g in grads.items()}}}
+    updates, state = optimizer.update(ours, state, params)
+    params = optax.apply_updates(params, updates)
+  for part, parameter in theirs.items():
+    found = params["student"]["encoders"][part]["w"]
+    np.testing.assert_allclose(found, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert np.abs(found - start[part]).max() > 1e-4
