@@ -161,3 +161,37 @@ def from_torch(
   if problems:
     raise StateDictError("the state_dict does not fit the model.\n" + "\n".join(problems))
   return flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
+
+
+def to_torch(
+  params: types.Params, shapes: Mapping[str, Sequence[int]], rules: Rules
+) -> dict[str, np.ndarray]:
+  """The inverse of `from_torch`: parameters as the arrays of a state_dict.
+
+  Args:
+    params: parameters, or gradients.
+    shapes: name -> shape of a PyTorch model's state_dict.
+    rules: the system's.
+
+  Returns:
+    Name -> array for the names that stand for a parameter; ignored names are left out.
+
+  Raises:
+    StateDictError: if a name's shape does not fit.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  state = {}
+  for name, shape in shapes.items():
+    path = _find(flat, _target(name, rules))
+    if path is None:
+      continue
+    value, leaf = np.asarray(flat[path]), path.rpartition("/")[2]
+    if leaf.endswith("kernel") and value.ndim == 3:
+      value = value.transpose(2, 1, 0)
+      value = value.swapaxes(1, 2)[:, None] if len(shape) == 4 else value
+    elif leaf in _TRANSPOSED or (leaf.endswith("kernel") and value.ndim == 2):
+      value = value.T
+    if value.shape != tuple(shape):
+      raise StateDictError(f"{path} gives {value.shape}, but {name} is {tuple(shape)}.")
+    state[name] = np.ascontiguousarray(value)
+  return state

@@ -72,3 +72,14 @@ def test_a_rule_without_its_parameter_is_named(state):
     torch_import.from_torch(
       TEMPLATE, {**state, "lost.weight": np.zeros(2)}, (*RULES, ("lost.*", "nowhere/weight"))
     )
+
+
+def test_there_and_back(state):
+  params = torch_import.from_torch(TEMPLATE, state, RULES)
+  shapes = {name: value.shape for name, value in state.items()}
+  back = torch_import.to_torch(params, shapes, RULES)
+  assert back.keys() == state.keys() - {"unused.weight"}
+  for name, value in back.items():
+    np.testing.assert_array_equal(value, state[name])
+  with pytest.raises(torch_import.StateDictError, match="dense.weight"):
+    torch_import.to_torch(params, {"dense.weight": (5, 5)}, RULES)

@@ -1,0 +1,238 @@
+"""The systems in PyTorch, by their published names, and M³S as people write it there.
+
+Text comes as precomputed states, so that the same weights serve both sides. Only the
+benchmarks use this module; it needs torch (extra "parity").
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from mmjax import types
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+def tensors(batch: types.Batch) -> dict[str, torch.Tensor]:
+  """What the modules below read of a batch."""
+  import numpy as np
+
+  out = {"label": torch.tensor(np.asarray(batch.label))}
+  for name in types.MODALITIES:
+    m = getattr(batch, name)
+    out[name] = torch.tensor(np.asarray(m.x))
+    out[f"{name}_seen"] = torch.tensor(np.asarray(m.seen)).float()
+    out[f"{name}_length"] = torch.tensor(np.asarray(m.valid.sum(1)))
+  return out
+
+
+def observed(inputs: Inputs, name: str) -> torch.Tensor:
+  return inputs[name] * inputs[f"{name}_seen"]
+
+
+class Branch(nn.Module):
+  """Self-MM's encoder of audio or vision."""
+
+  def __init__(self, width, hidden, out):
+    super().__init__()
+    self.rnn = nn.LSTM(width, hidden, batch_first=True)
+    self.linear_1 = nn.Linear(hidden, out)
+
+  def forward(self, x, length):
+    packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
+    return self.linear_1(self.rnn(packed)[1][0].squeeze(0))
+
+
+class SelfMM(nn.Module):
+  """Self-MM behind its text encoder; the defaults are MMSA's for MOSI."""
+
+  def __init__(self, text, audio, vision):
+    super().__init__()
+    self.audio_model, self.video_model = Branch(audio, 16, 16), Branch(vision, 32, 32)
+    widths = {"fusion": text + 48, "text": text, "audio": 16, "video": 32}
+    for name, hidden in (("fusion", 128), ("text", 32), ("audio", 16), ("video", 32)):
+      for n, shape in enumerate(((widths[name], hidden), (hidden, hidden), (hidden, 1)), 1):
+        setattr(self, f"post_{name}_layer_{n}", nn.Linear(*shape))
+
+  def forward(self, inputs):
+    vectors = {
+      "text": observed(inputs, "text")[:, 0],
+      "audio": self.audio_model(observed(inputs, "audio"), inputs["audio_length"]),
+      "video": self.video_model(observed(inputs, "vision"), inputs["vision_length"]),
+    }
+    vectors["fusion"] = torch.cat(list(vectors.values()), -1)
+    out = {}
+    for name, x in vectors.items():
+      for n in (1, 2):
+        x = torch.relu(getattr(self, f"post_{name}_layer_{n}")(x))
+      out[name] = getattr(self, f"post_{name}_layer_3")(x).squeeze(-1)
+    # in the first epoch all labels are the multimodal one, and unimodal losses have weight 0
+    errors = {name: (value - inputs["label"]).abs().mean() for name, value in out.items()}
+    return errors["fusion"] + 0 * (errors["text"] + errors["audio"] + errors["video"])
+
+
+class Misa(nn.Module):
+  """MISA behind its text encoder, without dropout; lengths of the text pack all modalities."""
+
+  def __init__(self, text, audio, vision, hidden=128):
+    super().__init__()
+    for m, d in (("v", vision), ("a", audio)):
+      setattr(self, f"{m}rnn1", nn.LSTM(d, d, bidirectional=True, batch_first=True))
+      setattr(self, f"{m}rnn2", nn.LSTM(2 * d, d, bidirectional=True, batch_first=True))
+      setattr(self, f"{m}layer_norm", nn.LayerNorm(2 * d))
+    for m, width in (("t", text), ("v", 4 * vision), ("a", 4 * audio)):
+      layer = nn.Sequential()
+      layer.add_module(f"project_{m}", nn.Linear(width, hidden))
+      layer.add_module(f"project_{m}_activation", nn.ReLU())
+      layer.add_module(f"project_{m}_layer_norm", nn.LayerNorm(hidden))
+      setattr(self, f"project_{m}", layer)
+      for name, n in ((f"private_{m}", 3 if m == "a" else 1), (f"recon_{m}", 1)):
+        part = nn.Sequential()
+        part.add_module(f"{name}_{n}", nn.Linear(hidden, hidden))
+        setattr(self, name, part)
+    self.shared = nn.Sequential()
+    self.shared.add_module("shared_1", nn.Linear(hidden, hidden))
+    self.sp_discriminator = nn.Sequential()
+    self.sp_discriminator.add_module("sp_discriminator_layer_1", nn.Linear(hidden, 4))
+    self.fusion = nn.Sequential()
+    self.fusion.add_module("fusion_layer_1", nn.Linear(6 * hidden, 3 * hidden))
+    self.fusion.add_module("fusion_layer_1_activation", nn.ReLU())
+    self.fusion.add_module("fusion_layer_3", nn.Linear(3 * hidden, 1))
+    layer = nn.TransformerEncoderLayer(hidden, 2, dropout=0.0)
+    self.transformer_encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+  def forward(self, inputs):
+    length = inputs["text_length"].cpu()
+    text = observed(inputs, "text").sum(1) / length.to(inputs["text"].device)[:, None]
+    vectors = {"t": text}
+    for m, name in (("v", "vision"), ("a", "audio")):
+      x = observed(inputs, name)
+
+      def pack(x):
+        return pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
+
+      h, (first, _) = getattr(self, f"{m}rnn1")(pack(x))
+      h = getattr(self, f"{m}layer_norm")(pad_packed_sequence(h, batch_first=True)[0])
+      _, (second, _) = getattr(self, f"{m}rnn2")(pack(h))
+      vectors[m] = torch.cat([first, second], 2).permute(1, 0, 2).reshape(len(text), -1)
+    original = {m: getattr(self, f"project_{m}")(vectors[m]) for m in "tva"}
+    private = {m: torch.sigmoid(getattr(self, f"private_{m}")(original[m])) for m in "tva"}
+    shared = {m: torch.sigmoid(self.shared(original[m])) for m in "tva"}
+    restored = {m: getattr(self, f"recon_{m}")(private[m] + shared[m]) for m in "tva"}
+    tokens = torch.stack([kind[m] for kind in (private, shared) for m in "tva"])
+    fused = self.transformer_encoder(tokens)
+    score = self.fusion(torch.cat(list(fused), 1)).squeeze(-1)
+
+    pairs = [(private[m], shared[m]) for m in "tva"]
+    pairs += [(private[m], private[n]) for m, n in ("at", "av", "tv")]
+    alike = [(shared[m], shared[n]) for m, n in ("tv", "ta", "av")]
+    return (
+      (score - inputs["label"]).pow(2).mean()
+      + 0.1 * sum(difference(x, y) for x, y in pairs)
+      + 0.3 / 3 * sum(discrepancy(x, y) for x, y in alike)
+      + sum((restored[m] - original[m]).pow(2).mean() for m in "tva") / 3
+    )
+
+
+def difference(x, y):
+  x, y = (z - z.mean(0) for z in (x, y))
+  x, y = (z / (z.norm(dim=1, keepdim=True).detach() + 1e-6) for z in (x, y))
+  return (x.T @ y).pow(2).mean()
+
+
+def discrepancy(x, y):
+  total = (x.mean(0) - y.mean(0)).norm()
+  for k in range(2, 6):
+    total = total + ((x - x.mean(0)) ** k).mean(0).sub(((y - y.mean(0)) ** k).mean(0)).norm()
+  return total
+
+
+MODELS = {"misa": Misa, "self_mm": SelfMM}
+
+
+def plain(module: nn.Module, order: int, k: int, rate: float) -> Callable:
+  """M³S by `torch.autograd.grad` over a functional call: the gradient at θ*, or through it."""
+  params = dict(module.named_parameters())
+
+  def loss(values, inputs):
+    return torch.func.functional_call(module, values, (inputs,))
+
+  def step(support, query):
+    values = params
+    for _ in range(k):
+      grads = torch.autograd.grad(
+        loss(values, support), list(values.values()), create_graph=order == 2, allow_unused=True
+      )
+      moved = {
+        name: value if g is None else value - rate * g
+        for (name, value), g in zip(values.items(), grads, strict=True)
+      }
+      if order == 1:  # a copy, as `deepcopy(model)` and SGD steps on it
+        moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
+      values = moved
+    wanted = params if order == 2 else values
+    value = loss(values, query)
+    grads = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    return value, dict(zip(params, grads, strict=True))
+
+  return step
+
+
+def functional(module: nn.Module, order: int, k: int, rate: float) -> Callable:
+  """M³S with `torch.func.grad`."""
+  params = {name: p.detach() for name, p in module.named_parameters()}
+
+  def loss(values, inputs):
+    return torch.func.functional_call(module, values, (inputs,))
+
+  def adapt(values, support):
+    for _ in range(k):
+      grads = torch.func.grad(loss)(values, support)
+      values = {name: value - rate * grads[name] for name, value in values.items()}
+    return values
+
+  def step(support, query):
+    if order == 1:
+      grads, value = torch.func.grad_and_value(loss)(adapt(params, support), query)
+    else:
+      meta = lambda values: loss(adapt(values, support), query)  # noqa: E731
+      grads, value = torch.func.grad_and_value(meta)(params)
+    return value, grads
+
+  return step
+
+
+def higher_steps(module: nn.Module, order: int, k: int, rate: float) -> Callable:
+  """M³S with `higher`, if it is installed."""
+  import higher
+
+  def step(support, query):
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+    with higher.innerloop_ctx(
+      module, optimizer, copy_initial_weights=False, track_higher_grads=order == 2
+    ) as (copy, inner):
+      for _ in range(k):
+        inner.step(copy(support))
+      value = copy(query)
+      wanted = module.parameters() if order == 2 else copy.parameters()
+      grads = torch.autograd.grad(value, list(wanted), allow_unused=True)
+    return value, dict(zip((n for n, _ in module.named_parameters()), grads, strict=True))
+
+  return step
+
+
+PEERS = {"torch": plain, "torch.func": functional, "higher": higher_steps}
+
+
+def available(order: int) -> Iterator[str]:
+  """The peers that can run here; `higher` only where it is installed."""
+  yield "torch"
+  if order == 2:  # its first order cannot use the fast LSTM either
+    yield "torch.func"
+  try:
+    import higher  # noqa: F401
+  except ImportError:
+    return
+  yield "higher"
