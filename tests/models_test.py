@@ -149,7 +149,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: their second case is for `pytest -m slow`.
-LARGE = ("almt", "lnln", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "lnln", "tetfn", "tfr_net")
 
 
 def all_cases():
