@@ -46,13 +46,15 @@ def run(jobs: Sequence[Job], processes: int) -> None:
       f"--workdir={os.fspath(job.folder)}", f"--method={job.method}",
       f"--missing_rate={job.missing_rate}", f"--seed={job.seed}", "--log_test",
     ]  # fmt: skip
-    alone = processes > 1 and cores
-    pin = (lambda: os.sched_setaffinity(0, {cores[slot % len(cores)]})) if alone else None
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=pin, check=False)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+      if processes > 1 and cores:  # before it starts any thread
+        os.sched_setaffinity(process.pid, {cores[slot % len(cores)]})
+      output, errors = process.communicate()
     free.append(slot)
-    if done.returncode:
-      raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    print(f"{job.name}: {done.stdout.splitlines()[0]}", flush=True)
+    if process.returncode:
+      raise RuntimeError(f"{' '.join(command)}\n{output}\n{errors}")
+    print(f"{job.name}: {output.splitlines()[0]}", flush=True)
 
   with futures.ThreadPoolExecutor(processes) as pool:
     list(pool.map(train, jobs))

@@ -17,14 +17,16 @@ def robustness(
   *,
   by: Sequence[str] = ("kind", "condition"),
   lines: str | None = None,
+  show: bool = True,
 ) -> pd.DataFrame:
-  """Prints and writes robustness rows: `robustness.csv`, `.md`, `_runs.csv` and `.png`.
+  """Writes robustness rows as `robustness.{csv,md,tex,png}` and `robustness_runs.csv`.
 
   Args:
     rows: from `mmjax.evaluate.robustness`, with further columns if `by` names them.
     out: the output folder.
     by: the columns that tell the table's rows apart.
     lines: the column whose values are the curves' lines.
+    show: whether to print the table.
 
   Returns:
     The summary, mean and standard deviation over seeds.
@@ -32,7 +34,8 @@ def robustness(
   out = pathlib.Path(out)
   table = tables.write(out, "robustness", rows, by)
   shown = [name for name in HEADLINE if name in table.columns][:4]
-  print(tables.to_text(table[[*by, "n", *(c for name in shown for c in (name, f"{name}_std"))]]))
+  if show:
+    print(headlines(table, by))
   rates = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
   if len(rates):
     if lines == "method" and "missing_rate" in rates:
@@ -43,6 +46,12 @@ def robustness(
     print(f"\nCurves: {path}")
   print(f"Tables: {out / 'robustness.md'}, {out / 'robustness.csv'}")
   return table
+
+
+def headlines(table: pd.DataFrame, by: Sequence[str]) -> str:
+  """A summary's first headline metrics, for the terminal."""
+  shown = [name for name in HEADLINE if name in table.columns][:4]
+  return tables.to_text(table[[*by, "n", *(c for n in shown for c in (n, f"{n}_std"))]])
 
 
 def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> None:

@@ -9,21 +9,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import sklearn.metrics
+from sklearn import decomposition
 
 from experiments import report, workdir
 from mmjax import plots, tables, types
 
 PAPER = pathlib.Path(__file__).with_name("paper_lnln.csv")
-METRICS = ("acc7", "acc5", "acc3", "acc2_non0", "acc2_has0", "f1_non0", "f1_has0", "mae", "corr",
-           "acc", "uar", "f1")  # fmt: skip
+# The order of the papers' columns; further metrics, as the F1 of a class, follow.
+METRICS = ("acc7", "acc5", "acc3", "acc2_non0", "acc2_has0", "acc2", "f1_non0", "f1_has0", "f1",
+           "mae", "corr", "acc", "uar")  # fmt: skip
+AREAS = ("mae", "corr", "acc7", "acc5", "acc3", "acc2_non0", "acc2", "acc", "uar", "f1")
+KEYS = ("model", "kind", "condition", "seed", "mask_seed")
 
 
 def selection_in_words(selection: str, rate: str) -> str:
   """How the epoch of each run was picked."""
   if selection == "test_oracle":
     return (
-      f"TEST ORACLE: the epoch that is best on the test split at missing rate {rate}, as the"
-      " published code has it. These numbers are too good and no estimate of anything."
+      f"TEST ORACLE: for each metric the epoch that is best on the test split at missing rate"
+      f" {rate}, as published. These numbers are too good and no estimate of anything."
     )
   return f"the epoch that is best on the validation split at missing rate {rate}"
 
@@ -48,18 +52,59 @@ def area(table: pd.DataFrame, metric: str) -> pd.Series:
   return table.groupby("model", sort=False)[["condition", metric]].apply(one)
 
 
-def averages(rows: Sequence[dict]) -> pd.DataFrame:
-  """Tables 2, 3 and 8: means over all missing rates, ± std over the training seeds."""
+def metric_names(rows: Sequence[dict]) -> list[str]:
+  """The metrics of long results, in the order of the tables."""
+  names = [name for name in rows[0] if name not in KEYS]
+  known = [name for name in METRICS if name in names]
+  return known + [name for name in names if name not in METRICS]
+
+
+def run_averages(rows: Sequence[dict], kind: str = "rate") -> list[dict]:
+  """A row per model and training seed: means over all conditions of a kind and all masks."""
   frame = pd.DataFrame(rows)
-  frame = frame[frame["kind"] == "rate"].drop(columns=["kind", "condition"])
+  frame = frame[frame["kind"] == kind].drop(columns=["kind", "condition", "mask_seed"])
   runs = frame.groupby(["model", "seed"], sort=False).mean(numeric_only=True).reset_index()
-  return tables.summarize(runs.drop(columns="mask_seed"), ("model",))
+  return runs[["model", "seed", *metric_names(rows)]].to_dict("records")
+
+
+def averages(rows: Sequence[dict], kind: str = "rate") -> pd.DataFrame:
+  """Tables 2-8 ("rate"), 11 and 12 ("missing"): means over the conditions, ± std over seeds.
+
+  "area m" is the area under the curve of metric m over the missing rate.
+  """
+  average = tables.summarize(run_averages(rows, kind), ("model",))
+  if kind != "rate":
+    return average
+  frame = pd.DataFrame([row for row in rows if row["kind"] == "rate"])
+  means = frame.groupby(["model", "condition"], sort=False).mean(numeric_only=True).reset_index()
+  for metric in (name for name in AREAS if name in means):
+    average[f"area {metric}"] = area(means, metric).reindex(average["model"]).to_numpy()
+  return average
+
+
+def differences(rows: Sequence[dict], baseline: str) -> pd.DataFrame:
+  """Ablations: per variant, the means over the missing rates against the baseline's.
+
+  Columns per headline metric m: m, "Δ m", and "p m" of Welch's two-tailed t-test over the
+  training seeds.
+  """
+  runs = run_averages(rows)
+  names = [name for name in AREAS if name in runs[0]]
+  runs = [{key: row[key] for key in ("model", "seed", *names)} for row in runs]
+  found = tables.against(runs, by="model", baseline=baseline)
+  parts = []
+  for metric, part in found.groupby("metric", sort=False):
+    part = part.set_index("model")[["mean", "delta", "p"]]
+    parts.append(part.rename(columns={"mean": metric, "delta": f"Δ {metric}", "p": f"p {metric}"}))
+  return pd.concat(parts, axis=1).reset_index()
 
 
 def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
   """Long table: condition, model, metric, ours, std, and the paper's value where it has one.
 
-  The paper's accuracies and F1 are percentages; they are divided by 100 here.
+  The condition "rate=average" is over all missing rates. The paper's accuracies and F1 are
+  percentages; they are divided by 100 here. A metric "…_swapped" has no other value to stand
+  beside than the one that the paper may have computed so.
   """
   paper = pd.read_csv(PAPER, dtype={"table": str})
   paper = paper[paper["dataset"].str.lower() == dataset.lower()]
@@ -67,16 +112,20 @@ def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
   paper["value"] = paper["value"].where(~percent, paper["value"] / 100)
   keys = paper["condition"] + " " + paper["method"].map(_plain) + " " + paper["metric"]
   values = dict(zip(keys, paper["value"], strict=True))
-  table = tables.summarize(rows, ("kind", "condition", "model"))
+  table = tables.summarize(rows, ("kind", "condition", "model")).to_dict("records")
+  for row in table:
+    row["condition"] = f"{row['kind']}={row['condition']}"
+  for kind in sorted({row["kind"] for row in rows}):
+    means = tables.summarize(run_averages(rows, kind), ("model",))
+    table = means.assign(condition=f"{kind}=average").to_dict("records") + table
   found = []
-  for row in table.to_dict("records"):
-    condition = f"{row['kind']}={row['condition']}"
-    for metric in (name for name in METRICS if name in row):
+  for row in table:
+    for metric in metric_names(rows):
+      key = f"{row['condition']} {_plain(row['model'])} {metric.removesuffix('_swapped')}"
       found.append(
         {
-          "condition": condition, "model": row["model"], "metric": metric, "ours": row[metric],
-          "std": row[f"{metric}_std"],
-          "paper": values.get(f"{condition} {_plain(row['model'])} {metric}"),
+          "condition": row["condition"], "model": row["model"], "metric": metric,
+          "ours": row[metric], "std": row[f"{metric}_std"], "paper": values.get(key),
         }
       )  # fmt: skip
   return pd.DataFrame(found)
@@ -109,55 +158,76 @@ def laziness(
 
 
 def write(
-  rows: Sequence[dict],
-  shown: Mapping[str, Mapping[str, np.ndarray]],
+  results,
   label: np.ndarray,
   spec: types.Spec,
   out: pathlib.Path,
   protocol: Mapping[str, str],
   *,
   dataset: str,
+  baseline: str | None = None,
 ) -> pathlib.Path:
   """Writes all tables and figures, and `report.html` with all of them in it.
 
   Args:
-    rows: per model, condition, seed and mask seed: the metrics.
-    shown: per model and missing rate: predictions [N, ...] to look at.
+    results: with "rows", "shown", "features" and "seconds", see `experiments.robust.Results`.
     label: [N] the test labels.
     spec: of the dataset.
     out: the output folder.
     protocol: what was done, in words, by heading.
     dataset: its name.
+    baseline: the model that the others are compared with, if any.
 
   Returns:
     The page's path.
   """
-  by = ("model", "kind", "condition")
-  table = report.robustness(rows, out, by=by, lines="model")
-  parts, figures = {}, {}
-  rates = table[table["kind"] == "rate"]
-  if len(rates):
-    average = averages(rows)
-    for metric in (name for name in METRICS if name in average):
-      average[f"area {metric}"] = area(rates, metric).reindex(average["model"]).to_numpy()
-    parts["Means over the missing rates, ± std over training seeds"] = average
-    average.to_csv(out / "average.csv", index=False)
+  rows, parts, figures = results.rows, {}, {}
+  rows = [{**{k: row[k] for k in KEYS}, **{n: row[n] for n in metric_names(rows)}} for row in rows]
+  table = report.robustness(rows, out, by=("model", "kind", "condition"), lines="model", show=False)
+
+  def add(title, name, found):
+    tables.save(found, out / name)
+    parts[title] = found
+
+  kinds = {"rate": "Missing rates", "missing": "Missing modalities"}
+  kinds = {kind: title for kind, title in kinds.items() if kind in set(table["kind"])}
+  for kind, title in kinds.items():
+    average = averages(rows, kind)
+    print(f"\n{title}, means over all:\n{report.headlines(average, ['model'])}")
+    add(f"{title}: means over all, ± std over training seeds", f"average_{kind}", average)
+  if "rate" in kinds:
     figures["Metrics against the missing rate"] = out / "robustness.png"
-  parts["Every condition"] = table
+    if baseline is not None:
+      title = f"Differences from {baseline}: means over the missing rates, p of a t-test"
+      add(title, "differences", differences(rows, baseline))
+  for kind, title in kinds.items():
+    add(title, kind, table[table["kind"] == kind].drop(columns="kind"))
   paper = beside_paper(rows, dataset)
-  paper.to_csv(out / "beside_paper.csv", index=False)
   if paper["paper"].notna().any():
-    parts["Beside the paper's values"] = paper[paper["paper"].notna()]
-  if any(shown.values()):
-    lazy = laziness(shown, label, spec)
-    lazy.to_csv(out / "laziness.csv", index=False)
-    parts["Laziness: do predictions collapse?"] = lazy
-    figures["Confusion matrices (rows: labels)"] = confusion_figure(shown, label, spec, out)
+    add("Beside the paper's values", "beside_paper", paper[paper["paper"].notna()])
+  if any(results.shown.values()):
+    add("Laziness: do predictions collapse?", "laziness", laziness(results.shown, label, spec))
+    name = "Confusion matrices of the first seed (rows: labels)"
+    figures[name] = confusion_figure(results.shown, label, spec, out)
+  if any(results.features.values()):
+    figures["Representations at several missing rates, two principal components"] = plots.scatter(
+      {model: view(features) for model, features in results.features.items()}, out / "view.png"
+    )
+  seconds = [{"model": name, "seconds": value} for name, value in results.seconds.items()]
+  add("Seconds of one seed's whole grid, compiled", "seconds", pd.DataFrame(seconds))
   page = _page(parts, figures, protocol, dataset)
   path = out / "report.html"
   path.write_text(page, encoding="utf-8")
   print(f"Report: {path}")
   return path
+
+
+def view(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Fig. 8: {condition: [N, D]} -> {condition: [N, 2]}, principal components of the first one."""
+  first = next(iter(features.values()))
+  components = decomposition.PCA(min(2, *first.shape)).fit(first)
+  flat = {f"rate {name}": components.transform(values) for name, values in features.items()}
+  return {name: np.pad(p, ((0, 0), (0, 2 - p.shape[1]))) for name, p in flat.items()}
 
 
 def confusion_figure(shown, label, spec, out) -> pathlib.Path:
@@ -186,8 +256,8 @@ def _page(parts, figures, protocol, dataset) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">')
   for title, table in parts.items():
-    text = tables.readable(table) if "n" in table else table
-    body.append(f"<h2>{title}</h2>{text.to_html(index=False, float_format='%.3f', na_rep='')}")
+    text = tables.readable(table).to_html(index=False)
+    body.append(f"<h2>{html.escape(title)}</h2>{text}")
   style = (
     "body{font:15px sans-serif;max-width:1200px;margin:2em auto}table{border-collapse:collapse;"
     "font-size:13px;display:block;overflow-x:auto}td,th{padding:2px 8px;text-align:right;"

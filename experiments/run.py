@@ -115,6 +115,9 @@ def make_run(
   settings = config.train
   rows = dataset.train.index.shape[0]
   overrides = config.get("phase_optimizer", ml_collections.ConfigDict()).to_dict()
+  if settings.get("selection", "validation") not in SELECTIONS:
+    raise ValueError(f"selection is {settings.selection!r}, expected one of {SELECTIONS}.")
+  oracle = settings.get("selection") == "test_oracle"
   recipe = train.Recipe(
     system=system,
     method=make_method(config, method, missing_rate),
@@ -131,6 +134,7 @@ def make_run(
     select=settings.select,
     larger_is_better=settings.select not in metrics.LOWER_IS_BETTER,
     patience=settings.patience or None,
+    also=tuple(metrics.names(dataset.spec)) if oracle else (),
   )
   validate, test = (
     evaluate.make_validator(
@@ -143,9 +147,7 @@ def make_run(
     )
     for split in (dataset.valid, dataset.test)
   )
-  if settings.get("selection", "validation") not in SELECTIONS:
-    raise ValueError(f"selection is {settings.selection!r}, expected one of {SELECTIONS}.")
-  if settings.get("selection") == "test_oracle":
+  if oracle:
     validate = test
   return Run(config, dataset, recipe, validate, test, jax.random.key(seed))
 
@@ -284,15 +286,15 @@ def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
   return run, best
 
 
-def read_best(run: Run, folder: workdir.Workdir) -> dict:
-  """The selected {"params", "extra"} of a run in its folder."""
+def read_best(run: Run, folder: workdir.Workdir, metric: str | None = None) -> dict:
+  """The selected {"params", "extra"} of a run in its folder, or those that `metric` selects."""
 
   @jax.eval_shape
   def template():
     params, extra = run.recipe.system.init(run.key, run.dataset.spec)
     return {"params": params, "extra": extra}
 
-  best = folder.read_best(template)
+  best = folder.read_best(template, metric)
   if best is None:
     raise workdir.WorkdirError(f"{folder.path} holds no checkpoint yet.")
   return best

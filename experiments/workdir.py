@@ -84,10 +84,14 @@ class Workdir:
     """The newest saved progress, or None."""
     return checkpoint.restore(self.checkpoints, template)
 
-  def read_best(self, template: dict) -> dict | None:
-    """{"params", "extra"} of the selected epoch in the newest progress, or None."""
-    found = checkpoint.restore(self.checkpoints, {"best": template}, partial=True)
-    return found and found["best"]
+  def read_best(self, template: dict, metric: str | None = None) -> dict | None:
+    """{"params", "extra"} of the selected epoch in the newest progress, or None.
+
+    `metric` is one of `train.Recipe.also`: then of the epoch that is best by this metric.
+    """
+    wanted = {"best": template} if metric is None else {"others": {metric: template}}
+    found = checkpoint.restore(self.checkpoints, wanted, partial=True)
+    return found and (found["best"] if metric is None else found["others"][metric])
 
   def restore(self, template: train.Progress) -> train.Progress | None:
     """`read`, to train on: see `rewind`."""

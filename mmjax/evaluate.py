@@ -68,6 +68,7 @@ def make_grid(
   split: types.Batch,
   mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
   batch_size: int = 128,
+  output: str = "prediction",
 ) -> Callable[..., types.Array]:
   """Compiles the predictions of one split under any number of conditions and mask seeds.
 
@@ -76,6 +77,7 @@ def make_grid(
     split: the split, N rows.
     mask_of: makes the mask of rates [3, 2], such as `masking.span` or `masking.bernoulli`.
     batch_size: rows predicted at once; it does not change the result.
+    output: which entry of the system's predictions, "feature" for representations.
 
   Returns:
     `(params, extra, rates [C, 3, 2], seeds [S]) -> predictions [C, S, N, ...]`, one
@@ -99,7 +101,7 @@ def make_grid(
       mask = mask_of(rate)
 
       def predict_batch(batch):
-        return system.predict(params, masking.erase(mask(key, batch)), extra)["prediction"]
+        return system.predict(params, masking.erase(mask(key, batch)), extra)[output]
 
       return jax.lax.map(predict_batch, batches)
 

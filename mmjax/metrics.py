@@ -48,18 +48,30 @@ METRICS: Mapping[str, str] = {
 LOWER_IS_BETTER = frozenset(name for name, better in METRICS.items() if better == "min")
 
 
-def compute(task: str | types.Spec, prediction: ArrayLike, label: ArrayLike) -> Metrics:
+def compute(
+  task: str | types.Spec, prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False
+) -> Metrics:
   """All metrics of a task.
 
   Args:
     task: dataset name or spec, see `for_task`.
     prediction: [N] or [N, 1] sentiment, or [N, C] logits.
     label: [N] or [N, 1] sentiment, or [N] classes.
+    swapped: also the F1 with swapped arguments, see `sentiment`; regression only.
 
   Returns:
     Each metric's value by its name.
   """
-  return for_task(task)(prediction, label)
+  function = for_task(task)
+  if swapped and function is not classification:
+    return function(prediction, label, swapped=True)
+  return function(prediction, label)
+
+
+def names(spec: types.Spec) -> tuple[str, ...]:
+  """The metrics of a dataset, as `compute` names them."""
+  classes = max(spec.num_classes, 1)
+  return tuple(compute(spec, np.eye(classes), np.arange(classes)))
 
 
 def for_task(task: str | types.Spec) -> MetricFn:

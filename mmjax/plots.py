@@ -21,11 +21,24 @@ TITLES = {
 }
 
 
-def _figure(columns: int):
+def _figure(count: int, *, columns: int | None = None, size: tuple[float, float] = (4.6, 3.6)):
+  """A figure with `count` panels in rows of `columns`; those left over are empty."""
   from matplotlib import figure  # the object interface: no display, no global state
 
-  drawn = figure.Figure(figsize=(4.6 * columns, 3.6), layout="constrained")
-  return drawn, drawn.subplots(1, columns, squeeze=False)[0]
+  columns = min(columns or count, count)
+  rows = -(-count // columns)
+  drawn = figure.Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+  panels = drawn.subplots(rows, columns, squeeze=False).ravel()
+  for panel in panels[count:]:
+    panel.axis("off")
+  return drawn, panels
+
+
+def _save(drawn, path: str | pathlib.Path) -> pathlib.Path:
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  drawn.savefig(path, dpi=150)
+  return path
 
 
 def curves(
@@ -63,10 +76,31 @@ def curves(
     panel.grid(alpha=0.25)
   if lines is not None:
     panels[0].legend(frameon=False)
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  drawn.savefig(path, dpi=150)
-  return path
+  return _save(drawn, path)
+
+
+def scatter(
+  named: Mapping[str, Mapping[str, np.ndarray]], path: str | pathlib.Path
+) -> pathlib.Path:
+  """Draws clouds of points, one panel per name.
+
+  Args:
+    named: title -> {label: [N, 2]}.
+    path: where to write the figure; its suffix picks the format.
+
+  Returns:
+    The path.
+  """
+  drawn, panels = _figure(len(named), columns=3)
+  for panel, (title, clouds) in zip(panels, named.items(), strict=False):
+    for number, (label, points) in enumerate(clouds.items()):
+      color = COLORS[number % len(COLORS)]
+      panel.scatter(*points.T, s=6, color=color, alpha=0.5, linewidths=0, label=label)
+    panel.set_title(title, fontsize=9)
+    panel.set_xticks([])
+    panel.set_yticks([])
+  panels[0].legend(frameon=False, fontsize=8)
+  return _save(drawn, path)
 
 
 def matrices(
@@ -87,19 +121,10 @@ def matrices(
   Returns:
     The path.
   """
-  from matplotlib import figure
-
-  rows = -(-len(named) // columns)
-  drawn = figure.Figure(figsize=(2.6 * columns, 2.7 * rows), layout="constrained")
-  panels = drawn.subplots(rows, columns, squeeze=False).ravel()
+  drawn, panels = _figure(len(named), columns=columns, size=(2.6, 2.7))
   for panel, (title, counts) in zip(panels, named.items(), strict=False):
     panel.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues")
     panel.set_title(title, fontsize=8)
     panel.set_xticks(range(len(names)), names, fontsize=6)
     panel.set_yticks(range(len(names)), names, fontsize=6)
-  for panel in panels[len(named) :]:
-    panel.axis("off")
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  drawn.savefig(path, dpi=150)
-  return path
+  return _save(drawn, path)

@@ -75,7 +75,10 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     if name.endswith("_std") and name.removesuffix("_std") in table.columns:
       continue
     if f"{name}_std" not in table.columns:
-      text[name] = table[name].astype(str)
+      column = table[name]
+      number = column.dtype.kind == "f"
+      text[name] = column.map(lambda v: f"{v:.{digits}f}") if number else column.astype(str)
+      text[name] = text[name].where(column.notna(), "")
       continue
     text[name] = [
       f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
@@ -89,19 +92,27 @@ def to_text(table: pd.DataFrame) -> str:
   return readable(table).to_markdown(index=False, tablefmt="simple", disable_numparse=True)
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-  """A summary as a Markdown table."""
-  return readable(table).to_markdown(index=False, disable_numparse=True)
+def to_markdown(table: pd.DataFrame, tablefmt: str = "pipe") -> str:
+  """A summary as a Markdown table, or in another format of tabulate's."""
+  return readable(table).to_markdown(index=False, tablefmt=tablefmt, disable_numparse=True)
+
+
+def save(table: pd.DataFrame, path: str | pathlib.Path) -> None:
+  """Writes a table as CSV, and for readers as Markdown and LaTeX: `path` has no suffix."""
+  path = pathlib.Path(path)
+  table.to_csv(path.with_suffix(".csv"), index=False)
+  for suffix, tablefmt in ((".md", "pipe"), (".tex", "latex_booktabs")):
+    text = to_markdown(table, tablefmt)
+    path.with_suffix(suffix).write_text(text + "\n", encoding="utf-8")
 
 
 def write(
   directory: str | pathlib.Path, name: str, rows: Sequence[dict], by: Sequence[str]
 ) -> pd.DataFrame:
-  """Writes `name.csv` (summary), `name.md` and `name_runs.csv` (every run); returns the summary."""
+  """Writes the summary (`save`) and `name_runs.csv` with every run; returns the summary."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   table = summarize(rows, by)
-  table.to_csv(directory / f"{name}.csv", index=False)
+  save(table, directory / name)
   pd.DataFrame(rows).to_csv(directory / f"{name}_runs.csv", index=False)
-  (directory / f"{name}.md").write_text(to_markdown(table) + "\n", encoding="utf-8")
   return table

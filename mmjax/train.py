@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmjax import optim, types
+from mmjax import metrics, optim, types
 
 # One constant per purpose, folded into the run's key.
 INIT, DATA, LOSS, METHOD = range(4)
@@ -41,6 +41,7 @@ class Recipe(NamedTuple):
     select: the validation metric that picks the best epoch.
     larger_is_better: direction of `select`.
     patience: stop after so many epochs without a better one (None: never).
+    also: further metrics, each of which keeps the parameters of its own best epoch.
   """
 
   system: types.System
@@ -52,6 +53,7 @@ class Recipe(NamedTuple):
   select: str = "mae"
   larger_is_better: bool = False
   patience: int | None = None
+  also: tuple[str, ...] = ()
 
 
 class Progress(NamedTuple):
@@ -62,6 +64,7 @@ class Progress(NamedTuple):
     best: {"params", "extra"} of the best validated epoch (the initial ones before).
     best_score: [] its score, larger is better; -inf before the first.
     best_epoch: [] int32, -1 before the first.
+    others: of each metric in `Recipe.also`: {"params", "extra", "score"} of its best epoch.
     epoch, phase, done: [] int32, the epoch in progress, its phase and that phase's steps done.
     sums: metrics summed over the epoch's steps so far, by phase.
   """
@@ -70,6 +73,7 @@ class Progress(NamedTuple):
   best: dict[str, Any]
   best_score: jax.Array
   best_epoch: jax.Array
+  others: dict[str, dict[str, Any]]
   epoch: jax.Array
   phase: jax.Array
   done: jax.Array
@@ -196,8 +200,9 @@ def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGK
     sums[phase.name] = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
   # copies: the state's own buffers are donated to the first step
   best = _copy({"params": state.params, "extra": state.extra})
-  zero = np.int32(0)
-  return Progress(state, best, np.float32(-np.inf), np.int32(-1), zero, zero, zero, sums)
+  worst, zero = np.float32(-np.inf), np.int32(0)
+  others = {metric: {**_copy(best), "score": worst} for metric in recipe.also}
+  return Progress(state, best, worst, np.int32(-1), others, zero, zero, zero, sums)
 
 
 def fit(
@@ -367,11 +372,18 @@ def _finish_epoch(recipe, progress, valid, rows, batch_size) -> EpochReport:
   epoch = int(progress.epoch)
   means = _means(recipe.system.phases, progress.sums, epoch, rows, batch_size)
   score = valid[recipe.select] * (1.0 if recipe.larger_is_better else -1.0)
-  is_best = epoch >= _first_candidate(recipe) and score > float(progress.best_score)
+  candidate = epoch >= _first_candidate(recipe)
+  is_best = candidate and score > float(progress.best_score)
+  now = {"params": progress.state.params, "extra": progress.state.extra}
+  others = dict(progress.others)
+  for metric in recipe.also if candidate else ():
+    own = valid[metric] * (-1.0 if metric in metrics.LOWER_IS_BETTER else 1.0)
+    if own > float(others[metric]["score"]):
+      others[metric] = {**_copy(now), "score": np.float32(own)}
+  progress = progress._replace(others=others)
   if is_best:  # copies: the next step consumes the state's buffers
-    best = {"params": progress.state.params, "extra": progress.state.extra}
     progress = progress._replace(
-      best=_copy(best),
+      best=_copy(now),
       best_score=np.float32(score),
       best_epoch=np.int32(epoch),
     )

@@ -145,7 +145,8 @@ class System(NamedTuple):
   Attributes:
     init: `(key, spec) -> (params, extra)`.
     predict: `(params, batch, extra) -> dict`; "prediction" is [B] (regression) or [B, C]
-      (logits), the other entries are the model's named intermediates. No randomness.
+      (logits), "feature" the fused representation [B, D] behind it, the other entries are the
+      model's named intermediates. No randomness.
     phases: the training phases, one for most systems.
     torch_rules: ((regex over a PyTorch state_dict name, parameter path or None), ...): how
       published weights map onto `params` (see `torch_import`); None ignores a tensor.

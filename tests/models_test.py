@@ -185,10 +185,11 @@ def test_init_depends_on_the_key_alone(case):
 
 
 def test_predictions_have_the_tasks_shape(case):
-  prediction = case.predict(case.params, case.batch, case.extra)["prediction"]
-  classes = case.spec.num_classes
+  out = case.predict(case.params, case.batch, case.extra)
+  prediction, classes = out["prediction"], case.spec.num_classes
   assert prediction.shape == ((ROWS, classes) if classes else (ROWS,))
   assert np.isfinite(prediction).all()
+  assert out["feature"].shape[0] == ROWS and out["feature"].ndim == 2
 
 
 def test_losses_and_gradients_are_finite(case):

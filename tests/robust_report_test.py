@@ -1,11 +1,15 @@
 """The report of a robust evaluation, from made-up results."""
 
+import collections
+
 import numpy as np
 import pandas as pd
 
 from experiments import robust_report
+from experiments.configs import lnln
 from mmjax import types
 
+Results = collections.namedtuple("Results", "rows shown features seconds")
 SPEC = types.Spec(*[types.ModalitySpec(2, 2)] * 3, num_train=4)
 LABEL = np.float32([-2.6, -1.0, 0.2, 1.4, 2.9, 0.0])
 
@@ -51,6 +55,39 @@ def test_the_papers_values_stand_beside_ours():
   np.testing.assert_allclose(one.loc["lnln", "paper"], paper["LNLN"] / 100)
 
 
+def test_averages_stand_beside_the_papers_too():
+  rows = [{**row, "f1_non0": 0.5, "f1_non0_swapped": 0.6} for row in make_rows()]
+  table = robust_report.beside_paper(rows, "mosi")
+  table = table[(table["condition"] == "rate=average") & (table["model"] == "lnln")]
+  one = table.set_index("metric")
+  np.testing.assert_allclose(one.loc["mae", ["ours", "paper"]].to_list(), [1.05 + 0.56 / 3, 1.046])
+  assert one.loc["f1_non0_swapped", "paper"] == one.loc["f1_non0", "paper"]
+
+
+def test_differences_from_a_baseline():
+  table = robust_report.differences(make_rows(), "lnln").set_index("model")
+  np.testing.assert_allclose(table.loc["self_mm", "Δ mae"], 0.2 - 0.2 * 1.4 / 3)
+  assert np.isnan(table.loc["lnln", "p mae"]) and 0 < table.loc["self_mm", "p mae"] < 1
+
+
+def test_the_papers_ablations_are_those_of_the_config():
+  paper = pd.read_csv(robust_report.PAPER, dtype={"table": str})
+  paper = paper[paper["table"].isin(["4", "5", "7"])]["method"].str.removeprefix("LNLN ")
+  ours = {name for key in ("components", "regularization", "weights") for name in
+          lnln.ABLATIONS[key]}  # fmt: skip
+  assert set(paper) == ours
+
+
+def test_the_view_is_the_plane_of_the_first_cloud():
+  plane = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 2)))[0]
+  flat = np.random.default_rng(2).normal(size=(30, 2)) @ plane.T
+  found = robust_report.view({"0": flat, "0.9": flat + 3 * np.eye(4)[0]})
+  distance = np.linalg.norm(flat[0] - flat[1])
+  np.testing.assert_allclose(np.linalg.norm(found["rate 0"][0] - found["rate 0"][1]), distance)
+  moved = found["rate 0.9"] - found["rate 0"]
+  np.testing.assert_allclose(np.linalg.norm(moved[0]), 3 * np.linalg.norm(plane[0]))
+
+
 def test_laziness_of_one_answer():
   shown = {"m": {"0": LABEL, "0.9": np.full(6, 0.4)}}
   table = robust_report.laziness(shown, LABEL, SPEC).set_index(["model", "condition"])
@@ -61,18 +98,22 @@ def test_laziness_of_one_answer():
 
 def test_the_page_holds_everything(tmp_path, capsys):
   shown = {name: {"0": LABEL, "0.9": LABEL * 0} for name in ("lnln", "self_mm")}
+  points = np.random.default_rng(0).normal(size=(2, 6, 5))
+  features = {name: dict(zip(("0", "0.9"), points, strict=True)) for name in shown}
+  results = Results(make_rows(), shown, features, {"lnln": 1.5, "self_mm": 0.5})
   protocol = {
     "command": "python -m experiments.robustness --configs=lnln,<b>",
     "selection": robust_report.selection_in_words("test_oracle", "0.5"),
   }
   path = robust_report.write(
-    make_rows(), shown, LABEL, SPEC, tmp_path, protocol, dataset="mosi"
+    results, LABEL, SPEC, tmp_path, protocol, dataset="mosi", baseline="lnln"
   )
   page = path.read_text(encoding="utf-8")
-  assert page.count("data:image/png;base64,") == 2
+  assert page.count("data:image/png;base64,") == 3
   assert "lnln,&lt;b&gt;" in page and "TEST ORACLE" in page
   assert "http://" not in page and "src=\"/" not in page  # self-contained
   assert (tmp_path / "confusion.png").stat().st_size > 5000
-  for name in ("average", "beside_paper", "laziness", "robustness"):
+  for name in ("average_rate", "average_missing", "rate", "missing", "beside_paper", "differences"):
     assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 0
+    assert r"\toprule" in (tmp_path / f"{name}.tex").read_text(encoding="utf-8")
   assert "Report" in capsys.readouterr().out

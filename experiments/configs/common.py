@@ -4,6 +4,14 @@ import ml_collections
 
 # Datasets whose labels are classes; every other one is regression.
 CLASSIFICATION = ("iemocap",)
+# Sets of changes that `experiments.ablate` can make to every model (LNLN's Table 6).
+ABLATIONS = {
+  "modalities": {
+    "w/o language": {"mask.drop": ("text",)},
+    "w/o audio": {"mask.drop": ("audio",)},
+    "w/o vision": {"mask.drop": ("vision",)},
+  }
+}
 
 
 def get_config(dataset: str) -> ml_collections.ConfigDict:

@@ -6,6 +6,36 @@ python -m experiments.train --config=experiments/configs/lnln.py:mosi \
 
 from experiments.configs import common
 
+# What `experiments.ablate` changes: Tables 4, 5 and 7 of the paper, and what its equations say
+# where the authors' code says otherwise.
+ABLATIONS = {
+  "components": {
+    "w/o DMC & Reconstructor": {"model.correction": False, "model.reconstruction": False},
+    "w/o DMC": {"model.correction": False},
+    "w/o Reconstructor": {"model.reconstruction": False},
+    "w/o DMML": {"model.hyper_learning": False},
+    "w/o Missing Data for Training": {"missing_rate": 0},
+  },
+  "regularization": {
+    "w/o l_cc": {"model.completeness_weight": 0.0},
+    "w/o l_adv": {"model.adversarial_weight": 0.0},
+    "w/o l_rec": {"model.reconstruction_weight": 0.0},
+  },
+  "weights": {
+    f"{name}={value}": {f"model.{entry}_weight": value}
+    for name, entry, values in (
+      ("gamma", "reconstruction", (0.0, 0.2)),
+      ("beta", "adversarial", (0.0, 0.3, 0.5, 1.0)),
+      ("alpha", "completeness", (0.0, 0.5, 1.0)),
+    )
+    for value in values
+  },
+  "equations": {
+    "with the paper's reversal": {"model.reversal": "discriminator"},
+    "with the paper's proxy": {"model.proxy": "learned"},
+  },
+}
+
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)

@@ -67,7 +67,8 @@ class Almt(nn.Module):
     out["fusion"] = hyper_layers.CrossTransformer(
       self.fusion_depth, self.fusion_heads, self.fusion_hidden_size, name="fusion"
     )(hyper, scales[-1])
-    scores = layers.Dense(self.num_outputs, name="head")(out["fusion"][:, 0])
+    out["feature"] = out["fusion"][:, 0]
+    scores = layers.Dense(self.num_outputs, name="head")(out["feature"])
     out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
     return out
 

@@ -64,7 +64,8 @@ class Cenet(nn.Module):
     else:  # precomputed states: blocks of their width follow the enhancement
       states = bert_lib.Blocks(self.feature_layers, name="blocks")(inject(x), batch.text.valid)
     out["text_states"] = states
-    hidden = layers.Dropout(self.dropout)(states[:, 0])
+    out["feature"] = states[:, 0]
+    hidden = layers.Dropout(self.dropout)(out["feature"])
     hidden = jnp.tanh(layers.Dense(hidden.shape[-1], name="head_1")(hidden))
     hidden = layers.Dropout(self.dropout)(hidden)
     scores = layers.Dense(self.num_outputs, name="head_2")(hidden)

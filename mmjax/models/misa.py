@@ -72,7 +72,8 @@ class Misa(nn.Module):
       jnp.stack(tokens, 1)
     )
     out["fusion"] = fused  # [B, 6, H]
-    hidden = layers.Dense(3 * self.hidden_size, name="fusion_1")(fused.reshape(len(fused), -1))
+    out["feature"] = fused.reshape(len(fused), -1)
+    hidden = layers.Dense(3 * self.hidden_size, name="fusion_1")(out["feature"])
     hidden = jax.nn.relu(layers.Dropout(self.dropout)(hidden))
     scores = layers.Dense(self.num_outputs, name="fusion_2")(hidden)
     out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores

@@ -124,7 +124,7 @@ class Mmim(nn.Module):
     hidden = layers.Dropout(self.dropout)(hidden)
     for n in (1, 2):
       hidden = jnp.tanh(layers.Dense(self.hidden_size, name=f"fusion_{n}")(hidden))
-    out["fusion"] = hidden
+    out["fusion"] = out["feature"] = hidden
     for name, vector in utterance.items():
       out[f"predicted_{name}"] = layers.Dense(vector.shape[-1], name=f"cpc_{name}")(hidden)
     scores = layers.Dense(self.num_outputs, name="fusion_3")(hidden)

@@ -141,7 +141,8 @@ class Teacher(nn.Module):
 
   def __call__(self, batch: types.Batch, train: bool = False) -> dict[str, Array]:
     embedding = concatenate(self.encoders(batch))
-    return {"embedding": embedding, "scores": self.classifier(embedding, train)}
+    scores = self.classifier(embedding, train)
+    return {"embedding": embedding, "feature": embedding, "scores": scores}
 
 
 class Student(nn.Module):
@@ -162,6 +163,7 @@ class Student(nn.Module):
       "embedding": embedding,
       "imagined": imagined,
       "latent": latent,
+      "feature": latent,
       "restored": restored,
       "latent_cycle": latent_cycle,
       "scores": self.classifier(latent, train),

@@ -66,7 +66,7 @@ class SelfMM(nn.Module):
       head = Head(self.head_sizes[n], self.head_dropout[n], self.num_outputs, name=f"post_{task}")
       out[f"feature_{task}"], scores = head(inputs[task])
       out[f"prediction_{task}"] = scores[:, 0] if self.num_outputs == 1 else scores
-    return {**out, "prediction": out["prediction_fusion"]}
+    return {**out, "prediction": out["prediction_fusion"], "feature": out["feature_fusion"]}
 
 
 def centers(label: Array, feature: Array, exclude_zero: bool = True) -> tuple[Array, Array]:

@@ -88,7 +88,7 @@ class Tetfn(nn.Module):
       )
       out[f"feature_{task}"], scores = head(inputs[task])
       out[f"prediction_{task}"] = scores[:, 0] if self.num_outputs == 1 else scores
-    return {**out, "prediction": out["prediction_fusion"]}
+    return {**out, "prediction": out["prediction_fusion"], "feature": out["feature_fusion"]}
 
   def _transformer(self, name, depth, attention_dropout, positions=False):
     return crossmodal.CrossmodalTransformer(

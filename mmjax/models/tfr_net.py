@@ -123,7 +123,8 @@ class TfrNet(nn.Module):
         out |= {f"final_{name}": final, f"generated_{name}": restore(final)}
         out[f"complete_{name}"] = clean
 
-    hidden = layers.BatchNorm(name="head_norm")(jnp.concatenate(vectors, -1), train)
+    out["feature"] = jnp.concatenate(vectors, -1)
+    hidden = layers.BatchNorm(name="head_norm")(out["feature"], train)
     hidden = jax.nn.leaky_relu(layers.Dense(self.hidden_size, name="head_1")(hidden))
     hidden = layers.Dropout(self.head_dropout)(hidden)
     scores = layers.Dense(self.num_outputs, name="head_2")(hidden)
