@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax import types
+from mmjax import recurrence, types
 
 Array = types.Array
 
@@ -138,24 +138,12 @@ class LSTM(nn.Module):
     w_ih = self.param("w_ih", init, (x.shape[-1], 4 * hidden))
     w_hh = self.param("w_hh", init, (hidden, 4 * hidden))
     bias = self.param("b_ih", init, (4 * hidden,)) + self.param("b_hh", init, (4 * hidden,))
-    projected = x @ w_ih + bias  # for all steps at once: only h @ w_hh has to wait its turn
     if valid is None:
       valid = jnp.ones(x.shape[:2], bool)
     chex.assert_shape(valid, x.shape[:2])
-
-    def step(carry, inputs):
-      h, c = carry
-      projected, valid = inputs
-      i, f, g, o = jnp.split(projected + h @ w_hh, 4, axis=-1)
-      c_next = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-      h_next = jax.nn.sigmoid(o) * jnp.tanh(c_next)
-      valid = valid[:, None]
-      h_kept, c_kept = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
-      return (h_kept, c_kept), jnp.where(valid, h_next, 0)
-
-    zero = jnp.zeros((x.shape[0], hidden), projected.dtype)
-    inputs = (projected.swapaxes(0, 1), valid.T)
-    (final, _), outputs = jax.lax.scan(step, (zero, zero), inputs, reverse=self.reverse)
+    outputs, final = recurrence.lstm(
+      x.swapaxes(0, 1), valid.T, w_ih, w_hh, bias, reverse=self.reverse
+    )
     return outputs.swapaxes(0, 1), final
 
 

@@ -137,7 +137,6 @@ def check(system, ours, theirs, name):
 
 def compare(setting: str, model: str, order: int, k: int) -> list[dict]:
   """A row per peer."""
-  import torch
 
   system, step, args, compiled, temporaries, naive_bytes = compile_ours(setting, model, order, k)
   module = make_module(model, system, setting, args[0])
@@ -151,12 +150,10 @@ def compare(setting: str, model: str, order: int, k: int) -> list[dict]:
 
   rows = []
   for name in peers.available(order):
-    theirs = peers.PEERS[name](module, order, k, RATE)
+    theirs = peers.make_step(name, module, order, k, RATE)
 
     def run_theirs(theirs=theirs):
-      # oneDNN's LSTM is faster, but has no second derivative
-      with torch.backends.mkldnn.flags(enabled=order == 1):
-        return theirs(support, query)
+      return theirs(support, query)
 
     try:
       check(system, run_ours(), run_theirs(), f"{setting}, {model}, {name}")

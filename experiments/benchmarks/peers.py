@@ -4,10 +4,13 @@ Text comes as precomputed states, so that the same weights serve both sides. Onl
 benchmarks use this module; it needs torch (extra "parity").
 """
 
+import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mmjax import types
@@ -32,17 +35,56 @@ def observed(inputs: Inputs, name: str) -> torch.Tensor:
   return inputs[name] * inputs[f"{name}_seen"]
 
 
+class Recurrence(nn.LSTM):
+  """One layer of nn.LSTM over padded sequences: outputs, zero on padding, and the final states.
+
+  Natively as packed sequences. `by_hand`, in the operations that `torch.func` can transform.
+  """
+
+  by_hand = False
+
+  def __init__(self, width, hidden, bidirectional=False):
+    super().__init__(width, hidden, batch_first=True, bidirectional=bidirectional)
+
+  def forward(self, x, length):
+    """x [B, L, D], length [B] -> [B, max(length), H per direction], [directions, B, H]."""
+    if not self.by_hand:
+      packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
+      outputs, (final, _) = super().forward(packed)
+      return pad_packed_sequence(outputs, batch_first=True)[0], final
+    found = [self._run(x, length, suffix) for suffix in ("", "_reverse")[: 1 + self.bidirectional]]
+    outputs, final = zip(*found, strict=True)
+    return torch.cat(outputs, -1), torch.stack(final)
+
+  def _run(self, x, length, suffix):
+    w_ih, w_hh, b_ih, b_hh = (
+      getattr(self, f"{name}_l0{suffix}")
+      for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    steps = int(length.max())
+    projected = x[:, :steps] @ w_ih.T + b_ih + b_hh
+    h = c = x.new_zeros(len(x), self.hidden_size)
+    outputs = [None] * steps
+    for t in reversed(range(steps)) if suffix else range(steps):
+      i, f, g, o = (projected[:, t] + h @ w_hh.T).chunk(4, -1)
+      c_next = f.sigmoid() * c + i.sigmoid() * g.tanh()
+      h_next = o.sigmoid() * c_next.tanh()
+      valid = (t < length)[:, None]
+      h, c = torch.where(valid, h_next, h), torch.where(valid, c_next, c)
+      outputs[t] = torch.where(valid, h_next, 0.0)
+    return torch.stack(outputs, 1), h
+
+
 class Branch(nn.Module):
   """Self-MM's encoder of audio or vision."""
 
   def __init__(self, width, hidden, out):
     super().__init__()
-    self.rnn = nn.LSTM(width, hidden, batch_first=True)
+    self.rnn = Recurrence(width, hidden)
     self.linear_1 = nn.Linear(hidden, out)
 
   def forward(self, x, length):
-    packed = pack_padded_sequence(x, length.cpu(), batch_first=True, enforce_sorted=False)
-    return self.linear_1(self.rnn(packed)[1][0].squeeze(0))
+    return self.linear_1(self.rnn(x, length)[1][0])
 
 
 class SelfMM(nn.Module):
@@ -79,8 +121,8 @@ class Misa(nn.Module):
   def __init__(self, text, audio, vision, hidden=128):
     super().__init__()
     for m, d in (("v", vision), ("a", audio)):
-      setattr(self, f"{m}rnn1", nn.LSTM(d, d, bidirectional=True, batch_first=True))
-      setattr(self, f"{m}rnn2", nn.LSTM(2 * d, d, bidirectional=True, batch_first=True))
+      setattr(self, f"{m}rnn1", Recurrence(d, d, bidirectional=True))
+      setattr(self, f"{m}rnn2", Recurrence(2 * d, d, bidirectional=True))
       setattr(self, f"{m}layer_norm", nn.LayerNorm(2 * d))
     for m, width in (("t", text), ("v", 4 * vision), ("a", 4 * audio)):
       layer = nn.Sequential()
@@ -104,18 +146,13 @@ class Misa(nn.Module):
     self.transformer_encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
   def forward(self, inputs):
-    length = inputs["text_length"].cpu()
-    text = observed(inputs, "text").sum(1) / length.to(inputs["text"].device)[:, None]
+    length = inputs["text_length"]
+    text = observed(inputs, "text").sum(1) / length[:, None]
     vectors = {"t": text}
     for m, name in (("v", "vision"), ("a", "audio")):
-      x = observed(inputs, name)
-
-      def pack(x):
-        return pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
-
-      h, (first, _) = getattr(self, f"{m}rnn1")(pack(x))
-      h = getattr(self, f"{m}layer_norm")(pad_packed_sequence(h, batch_first=True)[0])
-      _, (second, _) = getattr(self, f"{m}rnn2")(pack(h))
+      h, first = getattr(self, f"{m}rnn1")(observed(inputs, name), length)
+      h = getattr(self, f"{m}layer_norm")(h)
+      _, second = getattr(self, f"{m}rnn2")(h, length)
       vectors[m] = torch.cat([first, second], 2).permute(1, 0, 2).reshape(len(text), -1)
     original = {m: getattr(self, f"project_{m}")(vectors[m]) for m in "tva"}
     private = {m: torch.sigmoid(getattr(self, f"private_{m}")(original[m])) for m in "tva"}
@@ -204,8 +241,27 @@ def functional(module: nn.Module, order: int, k: int, rate: float) -> Callable:
   return step
 
 
+def torchopt_steps(module: nn.Module, order: int, k: int, rate: float) -> Callable:
+  """Second-order M³S with `torchopt`: a differentiable MetaSGD and its state dicts."""
+  import torchopt
+
+  inner = torchopt.MetaSGD(module, lr=rate)
+
+  def step(support, query):
+    start = torchopt.extract_state_dict(module, by="reference")
+    params = dict(module.named_parameters())
+    for _ in range(k):
+      inner.step(module(support))
+    value = module(query)
+    grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+    torchopt.recover_state_dict(module, start)
+    return value, dict(zip(params, grads, strict=True))
+
+  return step
+
+
 def higher_steps(module: nn.Module, order: int, k: int, rate: float) -> Callable:
-  """M³S with `higher`, if it is installed."""
+  """M³S with `higher`."""
   import higher
 
   def step(support, query):
@@ -223,16 +279,33 @@ def higher_steps(module: nn.Module, order: int, k: int, rate: float) -> Callable
   return step
 
 
-PEERS = {"torch": plain, "torch.func": functional, "higher": higher_steps}
+PEERS = {
+  "torch": plain, "torch.func": functional, "higher": higher_steps, "torchopt": torchopt_steps,
+}  # fmt: skip
+BY_HAND = ("torch.func", "torchopt")  # they cannot transform the native LSTM
+
+
+def make_step(peer: str, module: nn.Module, order: int, k: int, rate: float) -> Callable:
+  """`(support, query) -> (loss, {parameter: meta-gradient})` of a peer."""
+  for part in module.modules():
+    if isinstance(part, Recurrence):
+      part.by_hand = peer in BY_HAND
+  step = PEERS[peer](module, order, k, rate)
+
+  def run(support, query):
+    # oneDNN's LSTM and fused attention are faster, but have no second derivative
+    backend = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()
+    with torch.backends.mkldnn.flags(enabled=order == 1), backend:
+      return step(support, query)
+
+  return run
 
 
 def available(order: int) -> Iterator[str]:
-  """The peers that can run here; `higher` only where it is installed."""
+  """The peers that can run here, and make sense: of the libraries those that are installed."""
   yield "torch"
   if order == 2:  # its first order cannot use the fast LSTM either
     yield "torch.func"
-  try:
-    import higher  # noqa: F401
-  except ImportError:
-    return
-  yield "higher"
+  for name in ("higher", "torchopt"):
+    if importlib.util.find_spec(name) is not None and (order == 2 or name == "higher"):
+      yield name
