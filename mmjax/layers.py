@@ -123,6 +123,14 @@ class LSTM(nn.Module):
   reverse: bool = False
 
   @nn.compact
+  def weights(self, width: int) -> recurrence.Weights:
+    """(w_ih [D, 4H], w_hh [H, 4H], the sum of both biases [4H]) for D = `width`."""
+    hidden, init = self.features, uniform(1 / math.sqrt(self.features))
+    w_ih = self.param("w_ih", init, (width, 4 * hidden))
+    w_hh = self.param("w_hh", init, (hidden, 4 * hidden))
+    bias = self.param("b_ih", init, (4 * hidden,)) + self.param("b_hh", init, (4 * hidden,))
+    return w_ih, w_hh, bias
+
   def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, Array]:
     """Runs over a sequence.
 
@@ -134,17 +142,18 @@ class LSTM(nn.Module):
       Outputs [B, L, H], zero on padding, and the final state h [B, H].
     """
     chex.assert_rank(x, 3)
-    hidden, init = self.features, uniform(1 / math.sqrt(self.features))
-    w_ih = self.param("w_ih", init, (x.shape[-1], 4 * hidden))
-    w_hh = self.param("w_hh", init, (hidden, 4 * hidden))
-    bias = self.param("b_ih", init, (4 * hidden,)) + self.param("b_hh", init, (4 * hidden,))
-    if valid is None:
-      valid = jnp.ones(x.shape[:2], bool)
-    chex.assert_shape(valid, x.shape[:2])
     outputs, final = recurrence.lstm(
-      x.swapaxes(0, 1), valid.T, w_ih, w_hh, bias, reverse=self.reverse
+      x.swapaxes(0, 1), _valid_steps(x, valid), *self.weights(x.shape[-1]), reverse=self.reverse
     )
     return outputs.swapaxes(0, 1), final
+
+
+def _valid_steps(x: Array, valid: Array | None) -> Array:
+  """[L, B], all True where `valid` is None."""
+  if valid is None:
+    valid = jnp.ones(x.shape[:2], bool)
+  chex.assert_shape(valid, x.shape[:2])
+  return valid.T
 
 
 class BiLSTM(nn.Module):
@@ -157,9 +166,14 @@ class BiLSTM(nn.Module):
     self, x: Array, valid: Array | None = None
   ) -> tuple[Array, tuple[Array, Array]]:
     """[B, L, D] -> outputs [B, L, 2H] and the final states (forward, backward), [B, H] each."""
-    forward, final_forward = LSTM(self.features, name="forward")(x, valid)
-    backward, final_backward = LSTM(self.features, reverse=True, name="backward")(x, valid)
-    return jnp.concatenate([forward, backward], -1), (final_forward, final_backward)
+    chex.assert_rank(x, 3)
+    forward, backward = (
+      LSTM(self.features, name=name).weights(x.shape[-1]) for name in ("forward", "backward")
+    )
+    outputs, finals = recurrence.bilstm(
+      x.swapaxes(0, 1), _valid_steps(x, valid), forward, backward
+    )
+    return jnp.concatenate(outputs, -1).swapaxes(0, 1), finals
 
 
 class GRU(nn.Module):

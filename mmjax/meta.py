@@ -14,6 +14,7 @@ All three take and return the one `LossFn` signature, so a trainer does not know
   (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key, extra)
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -24,6 +25,7 @@ import optax
 from mmjax import types
 
 ORDERS = ("first", "second")
+MODES = ("reverse", "mixed")
 
 
 def fixed_missing(loss: types.LossFn, mask: types.MaskFn, key: types.PRNGKey) -> types.LossFn:
@@ -112,10 +114,11 @@ def adapt(
   *,
   optimizer: optax.GradientTransformation,
   fresh_masks: bool = False,
+  mode: str = "reverse",
 ) -> tuple[types.Params, chex.Array]:
   """The inner loop: K optimizer steps on the support set (Algorithm 1, lines 4-9; eq. 1).
 
-  The optimizer starts afresh and `extra` is read only. Differentiable through all steps
+  The optimizer starts afresh and `extra` is read only. θ_K is differentiable through all steps
   with respect to `params`; one step is recomputed at a time in the backward pass, so the
   memory grows with K by one copy of the parameters (and optimizer state) a step.
 
@@ -128,27 +131,94 @@ def adapt(
     extra: the system's training arrays.
     optimizer: the inner optimizer, plain SGD in the paper.
     fresh_masks: whether each inner step draws a mask of its own.
+    mode: how an inner gradient is differentiated, see `m3s`.
 
   Returns:
-    θ_K, and [K] the support loss before each step.
+    θ_K, and [K] the support loss before each step (it has no derivative).
   """
-  gradient = jax.value_and_grad(loss, has_aux=True)
   if not fresh_masks:  # one mask for all steps: draw it outside of the loop
     support = mask(keys.support_mask[0], support)
 
-  @jax.checkpoint
-  def step(carry, step_keys):
-    params, state = carry
+  def gradient(params, step_keys, support, extra):
     mask_key, loss_key = step_keys
     seen = mask(mask_key, support) if fresh_masks else support
-    (value, _), grads = gradient(params, seen, loss_key, extra)
-    updates, state = optimizer.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), value
+    (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params, seen, loss_key, extra)
+    return grads, value
 
-  (params, _), values = jax.lax.scan(
-    step, (params, optimizer.init(params)), (keys.support_mask, keys.support_loss)
-  )
+  descend = {"reverse": _descend, "mixed": _descend_mixed}[mode]
+  step_keys = (keys.support_mask, keys.support_loss)
+  params, values = descend(gradient, optimizer, params, step_keys, support, extra)
+  return params, jax.lax.stop_gradient(values)
+
+
+def _update(optimizer, grads, state, params):
+  updates, state = optimizer.update(grads, state, params)
+  return optax.apply_updates(params, updates), state
+
+
+def _descend(gradient, optimizer, params, keys, *data):
+  """One optimizer step per key: the last parameters, and the value before each step."""
+
+  @jax.checkpoint
+  def step(carry, keys):
+    params, state = carry
+    grads, value = gradient(params, keys, *data)
+    return _update(optimizer, grads, state, params), value
+
+  (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), keys)
   return params, values
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _descend_mixed(gradient, optimizer, params, keys, *data):
+  """`_descend`, whose vjp takes products with the inner Hessian as a jvp of the gradient.
+
+  The mixed mode of Kemaev et al. 2025 (arXiv 2505.00793): forward over reverse needs no more
+  memory than a gradient.
+  """
+  return _descend_mixed_fwd(gradient, optimizer, params, keys, *data)[0]
+
+
+def _descend_mixed_fwd(gradient, optimizer, params, keys, *data):
+  def step(carry, keys):
+    params, state = carry
+    grads, value = gradient(params, keys, *data)
+    return _update(optimizer, grads, state, params), (value, (params, state, grads))
+
+  (final, _), (values, path) = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+  return (final, values), (path, keys, data)
+
+
+def _descend_mixed_bwd(gradient, optimizer, kept, cotangents):
+  path, keys, data = kept
+  d_final, _ = cotangents
+  start = jax.tree.map(lambda a: a[0], path[1])
+  d_state = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(start) if _is_real(leaf)]
+
+  def step(carry, inputs):
+    (params, state, grads), step_keys = inputs
+    leaves, structure = jax.tree.flatten(state)
+
+    def update(grads, real, params):  # of the real numbers in the state alone
+      real = iter(real)
+      own = [next(real) if _is_real(leaf) else leaf for leaf in leaves]
+      params, state = _update(optimizer, grads, jax.tree.unflatten(structure, own), params)
+      return params, [leaf for leaf in jax.tree.leaves(state) if _is_real(leaf)]
+
+    real = [leaf for leaf in leaves if _is_real(leaf)]
+    d_grads, d_state, d_params = jax.vjp(update, grads, real, params)[1](carry)
+    turned = jax.jvp(lambda p: gradient(p, step_keys, *data)[0], (params,), (d_grads,))[1]
+    return (jax.tree.map(jnp.add, d_params, turned), d_state), None
+
+  (d_params, _), _ = jax.lax.scan(step, (d_final, d_state), (path, keys), reverse=True)
+  return d_params, None, *(None for _ in data)
+
+
+_descend_mixed.defvjp(_descend_mixed_fwd, _descend_mixed_bwd)
+
+
+def _is_real(leaf) -> bool:
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def m3s(
@@ -159,6 +229,7 @@ def m3s(
   inner_optimizer: optax.GradientTransformation | None = None,
   order: str = "first",
   fresh_masks: bool = False,
+  mode: str = "reverse",
 ) -> types.LossFn:
   """M³S meta-sampling around any loss (Chi et al. 2022, Algorithm 1).
 
@@ -182,16 +253,22 @@ def m3s(
       `optax.adam` then needs `eps_root > 0`, or a zero gradient gives NaN.
     order: "first" or "second".
     fresh_masks: draw a new support mask at each inner step, not one for all of them.
+    mode: of order="second", how an inner gradient is differentiated. "reverse" is exact for
+      every loss. "mixed", forward over reverse, is faster and leaner, and the same wherever
+      the loss's gradient is the gradient of something: stopped gradients are, reversed ones
+      (LNLN's adversary) are not.
 
   Returns:
     A loss with the signature of `loss`; its key must not be None. Its metrics are those of
     the query set, and "support_loss", the support set's loss before the first inner step.
 
   Raises:
-    ValueError: on an unknown order, fewer than one inner step, or an odd number of rows.
+    ValueError: on an unknown order or mode, fewer than one inner step, or an odd number of rows.
   """
   if order not in ORDERS:
     raise ValueError(f"order is {order!r}, expected one of {ORDERS}.")
+  if mode not in MODES:
+    raise ValueError(f"mode is {mode!r}, expected one of {MODES}.")
   if inner_steps < 1:
     raise ValueError(f"inner_steps is {inner_steps}, expected at least 1.")
   optimizer = optax.sgd(1e-3) if inner_optimizer is None else inner_optimizer
@@ -201,8 +278,9 @@ def m3s(
     keys = meta_keys(key, inner_steps, fresh_masks)
     start = jax.lax.stop_gradient(params) if order == "first" else params
     adapted, support_losses = adapt(
-      loss, mask, start, support, keys, extra, optimizer=optimizer, fresh_masks=fresh_masks
-    )
+      loss, mask, start, support, keys, extra, optimizer=optimizer, fresh_masks=fresh_masks,
+      mode=mode,
+    )  # fmt: skip
     if order == "first":  # the value of θ*, the derivative of θ: dθ*/dθ = I
       adapted = jax.tree.map(lambda a, p: a + (p - jax.lax.stop_gradient(p)), adapted, params)
     value, aux = loss(adapted, mask(keys.query_mask, query), keys.query_loss, extra)

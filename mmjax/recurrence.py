@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from mmjax import types
 
 Array = types.Array
+Weights = tuple[Array, Array, Array]
 
 _PLAIN = contextvars.ContextVar("mmjax_plain_recurrence", default=False)
 
@@ -53,20 +54,62 @@ def lstm(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, bias], [3, 2, 2, 2, 1])
   chex.assert_shape(valid, x.shape[:2])
-  weights = (w_ih, w_hh, bias)
-  if _PLAIN.get():
-    (final, _), (states, _) = _scan(_start(x, w_hh), x, valid, weights, reverse)
-  else:
-    steps = x.shape[0]
-    size = _chunk_size(steps)
-    padding = -steps % size  # invalid steps at the end change nothing, in either direction
-    chunked = [
-      jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:])
-      for a in (x, valid)
-    ]
-    states, final = _chunked(*chunked, weights, reverse)
-    states = states.reshape(-1, *states.shape[2:])[:steps]
+  states, final = _run(x, valid[:, :, None], (w_ih, w_hh, bias), reverse)
   return jnp.where(valid[:, :, None], states, 0), final
+
+
+def bilstm(
+  x: Array, valid: Array, forward: Weights, backward: Weights
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """Runs an LSTM in each direction, side by side: one loop over wide matrices, not two.
+
+  Args:
+    x: [L, B, D], the steps first.
+    valid: [L, B] bool.
+    forward, backward: (w_ih, w_hh, bias) of each direction, see `lstm`.
+
+  Returns:
+    Outputs (forward, backward), [L, B, H] each, and final states, [B, H] each.
+  """
+  if _PLAIN.get():
+    found = lstm(x, valid, *forward), lstm(x, valid, *backward, reverse=True)
+    return tuple(zip(*found, strict=True))
+  hidden = forward[1].shape[0]
+  # the backward sequence begins with padding, which keeps the state at zero
+  both = jnp.concatenate([x, x[::-1]], -1)
+  seen = jnp.stack([valid, valid[::-1]], -1)
+  weights = tuple(_beside(*pair) for pair in zip(forward, backward, strict=True))
+  states, final = _run(both, jnp.repeat(seen, hidden, -1), weights, False)
+  states = states[:, :, :hidden], states[::-1, :, hidden:]
+  outputs = tuple(jnp.where(valid[:, :, None], s, 0) for s in states)
+  return outputs, (final[:, :hidden], final[:, hidden:])
+
+
+def _beside(one: Array, other: Array) -> Array:
+  """Block-diagonal weights [D₁ + D₂, 4 (H₁ + H₂)], gate by gate; biases side by side."""
+  gates = [w.reshape(*w.shape[:-1], 4, -1) for w in (one, other)]
+  if one.ndim == 1:
+    return jnp.concatenate(gates, -1).reshape(-1)
+  (rows, _, width), (more, _, wider) = (w.shape for w in gates)
+  upper = jnp.pad(gates[0], ((0, more), (0, 0), (0, wider)))
+  lower = jnp.pad(gates[1], ((rows, 0), (0, 0), (width, 0)))
+  return (upper + lower).reshape(rows + more, -1)
+
+
+def _run(x, valid, weights, reverse):
+  """h [L, B, H] after each step, and the final h; valid broadcasts against [L, B, H]."""
+  if _PLAIN.get():
+    (final, _), (states, _) = _scan(_start(x, weights[1]), x, valid, weights, reverse)
+    return states, final
+  steps = x.shape[0]
+  size = _chunk_size(steps)
+  padding = -steps % size  # invalid steps at the end change nothing, in either direction
+  chunked = [
+    jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:])
+    for a in (x, valid)
+  ]
+  states, final = _chunked(*chunked, weights, reverse)
+  return states.reshape(-1, *states.shape[2:])[:steps], final
 
 
 def _chunk_size(steps: int) -> int:
@@ -92,7 +135,6 @@ def _scan(carry, x, valid, weights, reverse):
     i, f, g, o = jnp.split(x @ w_ih + h @ w_hh + bias, 4, axis=-1)
     c_next = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
     h_next = jax.nn.sigmoid(o) * jnp.tanh(c_next)
-    valid = valid[:, None]
     carry = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
     return carry, carry
 
@@ -112,7 +154,7 @@ def _forward(x, valid, weights, reverse):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _chunked(x, valid, weights, reverse):
-  """x [N, T, B, D], valid [N, T, B] -> h [N, T, B, H] after each step, final h [B, H]."""
+  """x [N, T, B, D], valid [N, T, B, H or 1] -> h [N, T, B, H] after each step, final h [B, H]."""
   (h, _), (final, _) = _forward(x, valid, weights, reverse)
   return h, final
 
@@ -141,13 +183,12 @@ def _chunked_bwd(reverse, kept, cotangents):
     gates = x @ w_ih + h @ w_hh + bias
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
-    seen = valid[..., None]
     tanh_c = jnp.tanh(f * c + i * g)
     factors = (  # an array each: slices of a common one would make slow code
       g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o),
       o * (1 - tanh_c * tanh_c),
     )  # fmt: skip
-    factors = tuple(jnp.where(seen, factor, 0) for factor in factors)
+    factors = tuple(jnp.where(valid, factor, 0) for factor in factors)
 
     def step(carry, inputs):
       d_h, d_c = carry
@@ -158,7 +199,7 @@ def _chunked_bwd(reverse, kept, cotangents):
       return (d_gates @ w_hh.T + d_h * h_by_h, d_c * c_by_c), d_gates
 
     state, d_weights = carry
-    kept = (jnp.where(seen, f, 1), jnp.where(seen, 0.0, 1.0).astype(f.dtype))
+    kept = (jnp.where(valid, f, 1), jnp.where(valid, 0, jnp.ones_like(f)))
     state, d_gates = jax.lax.scan(step, state, (d_states, *factors, *kept), reverse=not reverse)
     flat = d_gates.reshape(-1, d_gates.shape[-1])
     now = (

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import toy
-from mmjax import masking, meta, optim, types
+from mmjax import layers, masking, meta, optim, types
 
 
 def no_mask(key, batch):
@@ -29,11 +29,13 @@ def labelled(support, query):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("order", meta.ORDERS)
-def test_closed_form_on_a_quadratic(steps, order):
+@pytest.mark.parametrize(
+  ("order", "mode"), [("first", "reverse"), ("second", "reverse"), ("second", "mixed")]
+)
+def test_closed_form_on_a_quadratic(steps, order, mode):
   theta, a, b, rate = 2.0, -1.0, 0.5, 0.1
   loss = meta.m3s(
-    quadratic, no_mask, inner_steps=steps, inner_optimizer=optax.sgd(rate), order=order
+    quadratic, no_mask, inner_steps=steps, inner_optimizer=optax.sgd(rate), order=order, mode=mode
   )
   gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
   params = {"theta": jnp.float32(theta)}
@@ -46,6 +48,7 @@ def test_closed_form_on_a_quadratic(steps, order):
   np.testing.assert_allclose(grads["theta"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", meta.MODES)
 @pytest.mark.parametrize(
   "inner",
   [
@@ -55,7 +58,7 @@ def test_closed_form_on_a_quadratic(steps, order):
   ],
   ids=["sgd", "momentum", "adam"],
 )
-def test_second_order_equals_finite_differences(inner):
+def test_second_order_equals_finite_differences(inner, mode):
   with jax.enable_x64(True):
     batch = jax.tree.map(jnp.asarray, toy.make_batch(6, dtype=np.float64))
     params = jax.tree.map(jnp.float64, toy.init(jax.random.key(0), toy.SPEC)[0])
@@ -66,6 +69,7 @@ def test_second_order_equals_finite_differences(inner):
       inner_optimizer=optim.make(**inner, differentiable=True),
       order="second",
       fresh_masks=True,
+      mode=mode,
     )
     flat, restore = jax.flatten_util.ravel_pytree(params)
     value = jax.jit(lambda flat: loss(restore(flat), batch, jax.random.key(1), {})[0])
@@ -86,6 +90,33 @@ def test_an_adam_that_is_differentiated_survives_zero_gradients():
   outer = meta.m3s(loss, no_mask, inner_optimizer=inner, order="second")
   grads = jax.grad(outer, has_aux=True)(params, labelled(0.0, 1.0), jax.random.key(0), {})[0]
   chex.assert_tree_all_finite(grads)
+
+
+def test_mixed_mode_is_exact_through_stopped_gradients_but_not_through_reversed_ones():
+  def loss_of(through):
+    def loss(params, batch, key, extra):
+      del key
+      hidden = jnp.tanh(batch.text.x.mean(1) @ params["a"])
+      value = jnp.mean((through(hidden) @ params["b"] - batch.label) ** 2)
+      return value + jnp.mean(hidden**2), types.Aux({}, extra)
+
+    return loss
+
+  a, b = jax.random.normal(jax.random.key(1), (2, toy.SHAPES["text"][1], 3))
+  params = {"a": a, "b": b[0]}
+
+  def meta_gradient(through, mode):
+    loss = meta.m3s(
+      loss_of(through), no_mask, inner_optimizer=optax.sgd(0.1), order="second", mode=mode
+    )
+    return jax.grad(loss, has_aux=True)(params, toy.make_batch(8), jax.random.key(0), {})[0]
+
+  stopped = lambda h: h * jax.lax.stop_gradient(jnp.abs(h))  # noqa: E731
+  chex.assert_trees_all_close(*(meta_gradient(stopped, mode) for mode in meta.MODES), rtol=1e-5)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(
+      *(meta_gradient(layers.reverse_gradient, mode) for mode in meta.MODES), rtol=1e-2
+    )
 
 
 def _scans(jaxpr, found):
@@ -174,6 +205,8 @@ def test_support_and_query_are_masked_on_their_own(fresh):
 def test_wrong_use_is_refused():
   with pytest.raises(ValueError, match="order"):
     meta.m3s(quadratic, no_mask, order="third")
+  with pytest.raises(ValueError, match="mode"):
+    meta.m3s(quadratic, no_mask, mode="forward")
   with pytest.raises(ValueError, match="inner_steps"):
     meta.m3s(quadratic, no_mask, inner_steps=0)
   with pytest.raises(ValueError, match="2B rows"):

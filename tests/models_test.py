@@ -6,11 +6,13 @@ as classification with token ids.
 
 import collections
 import functools
+import importlib
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mmjax import masking, models, types
@@ -190,6 +192,32 @@ def test_predictions_have_the_tasks_shape(case):
   assert prediction.shape == ((ROWS, classes) if classes else (ROWS,))
   assert np.isfinite(prediction).all()
   assert out["feature"].shape[0] == ROWS and out["feature"].ndim == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["misa", "mmim", "self_mm", "mmin", "lnln"])
+def test_mixed_mode_is_the_configs_where_it_is_exact(name):
+  """uᵀJv = vᵀJu for the Jacobian J of a gradient, unless gradients are reversed on the way."""
+  case, phase = make_case(name, "regression"), models.MODELS[name](**SETTINGS[name]).phases[-1]
+
+  @jax.jit
+  def product(params, one, other):
+    def gradient(params):
+      return jax.grad(phase.loss, has_aux=True)(params, case.batch, None, case.extra)[0]
+
+    turned = jax.jvp(gradient, (params,), (one,))[1]
+    parts = jax.tree.map(lambda a, b: jnp.sum(a * b), turned, other)
+    return sum(jax.tree.leaves(parts)), optax.tree.norm(turned) * optax.tree.norm(other)
+
+  random = np.random.default_rng(0)
+  one, other = (
+    jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32), case.params)
+    for _ in range(2)
+  )
+  (found, scale), (turned, _) = product(case.params, one, other), product(case.params, other, one)
+  config = importlib.import_module(f"experiments.configs.{name}").get_config("mosi")
+  symmetric = abs(found - turned) < 1e-4 * scale
+  assert config.m3s.mode == ("mixed" if symmetric else "reverse")
 
 
 def test_losses_and_gradients_are_finite(case):
