@@ -10,6 +10,8 @@ import pytest
 import toy
 from mmjax import layers, masking, meta, optim, types
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def no_mask(key, batch):
   del key

@@ -68,6 +68,7 @@ NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.
 PACKS_WITH_TEXT = ("misa",)
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # XLA compiles this generator several times faster than the default one.
 make_key = functools.partial(jax.random.key, impl="unsafe_rbg")
 ROWS, UNK = 5, 100
@@ -128,14 +129,6 @@ class Case:
       return function(*args)
 
     return count
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Tiny shapes: compiling takes all the time, and half of it is optimizing."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def step(params, grads, length):
