@@ -108,7 +108,7 @@ def evaluate_all(keys: Sequence[tuple[str, str, int]], dataset) -> tuple[list[di
     told = {
       "missing_rate": rate.replace(",", "-"), "method": run_lib.METHODS[method], "seed": seed
     }  # fmt: skip
-    rows += [{**told, **row} for row in robustness(**run_lib.read_best(run, folder))]
+    rows += [{**told, **row} for row in robustness(**run_lib.read_best(run, folder)[None])]
     for line in folder.history():
       loss = next(value for name, value in reversed(line["train"].items()) if "loss" in name)
       for split in ("valid", "test"):

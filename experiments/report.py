@@ -105,7 +105,7 @@ def comparison(
     The table, see `tables.against`, with the columns "missing_rate", "test_rate" and "paper".
   """
   same = paper[
-    paper["model"].map(_plain).eq(_plain(model)) & paper["dataset"].map(_plain).eq(_plain(dataset))
+    paper["model"].map(plain).eq(plain(model)) & paper["dataset"].map(plain).eq(plain(dataset))
   ]
   keys = ["input_rate", "test_rate", "method", "metric"]
   values = same.drop_duplicates(keys).set_index(keys)["value"]
@@ -136,6 +136,6 @@ def comparison(
   return table
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
   """"Self-MM", "self_mm" -> "selfmm"."""
   return name.lower().replace("-", "").replace("_", "")

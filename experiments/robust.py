@@ -68,22 +68,6 @@ class Variant(NamedTuple):
   changes: Mapping[str, object]
 
 
-class Results(NamedTuple):
-  """What the variants gave.
-
-  Attributes:
-    rows: per variant, condition, seed and mask seed: the metrics.
-    shown: variant -> rate -> predictions [N, ...] of the first seed.
-    features: variant -> rate -> representations [N, D] of the first seed.
-    seconds: variant -> seconds of one whole grid, compiled.
-  """
-
-  rows: list[dict]
-  shown: dict[str, dict[str, np.ndarray]]
-  features: dict[str, dict[str, np.ndarray]]
-  seconds: dict[str, float]
-
-
 def parse_change(text: str) -> tuple[str, object]:
   """"train.epochs=20" -> ("train.epochs", 20)."""
   name, separator, value = text.partition("=")
@@ -105,6 +89,13 @@ def shared_changes(model: str) -> dict[str, object]:
     "train.selection": _SELECTION.value,
     **dict(parse_change(text) for text in own if "/" not in text.partition("=")[0]),
   }
+
+
+def _check_set(models) -> None:
+  for text in _SET.value:
+    model, separator, _ = text.partition("=")[0].partition("/")
+    if separator and model not in models:
+      raise ValueError(f"--set={text}: {model!r} is none of {', '.join(sorted(models))}.")
 
 
 def config_module(model: str):
@@ -165,11 +156,12 @@ def main(binary: str, variants: Sequence[Variant], *, baseline: str | None = Non
   """
   seeds = [int(seed) for seed in _SEEDS.value]
   try:
+    _check_set({variant.model for variant in variants})
     plans = [_Plan.of(variant) for variant in variants]
     left = [plan.job(s) for plan in plans for s in seeds if not _is_done(plan, s)]
     jobs.run(left, _PROCESSES.value)
     dataset = run_lib.load_data(plans[0].config, _DATA_DIR.value)
-    results = Results([], {}, {}, {})
+    results = robust_report.Results([], {}, {}, {})
     for plan in plans:
       _evaluate(plan, dataset, seeds, results)
   except ValueError as error:
@@ -205,21 +197,23 @@ def _conditions() -> list[evaluate.Condition]:
   return found
 
 
-def _evaluate(plan: _Plan, dataset: data.Dataset, seeds, results: Results) -> None:
+def _evaluate(plan: _Plan, dataset: data.Dataset, seeds, results: robust_report.Results) -> None:
   """Adds a variant's results; its whole grid is one compiled program."""
   name, conditions, mask_seeds = plan.variant.name, _conditions(), list(range(_MASK_SEEDS.value))
-  system, mask_of = run_lib.make_system(plan.config), run_lib.make_mask_of(plan.config)
-  grid = evaluate.make_grid(system, dataset.test, mask_of)
+  mask_of = run_lib.make_mask_of(plan.config)
   rates = np.stack([condition.rates for condition in conditions])
+  run = run_lib.make_run(  # what is read of it is the same for all seeds
+    plan.config, dataset, method=_METHOD.value,
+    missing_rate=run_lib.parse_interval(plan.missing_rate), seed=seeds[0],
+  )  # fmt: skip
+  grid = evaluate.make_grid(run.recipe.system, dataset.test, mask_of)
+  represent = evaluate.make_grid(
+    run.recipe.system, dataset.test, mask_of, output=_FEATURE.value
+  )
   for seed in seeds:
-    run = run_lib.make_run(
-      plan.config, dataset, method=_METHOD.value,
-      missing_rate=run_lib.parse_interval(plan.missing_rate), seed=seed,
-    )  # fmt: skip
     folder = plan.open(seed)
     # selected once for all metrics, or by each metric for itself (the oracle)
-    wanted = (None, *run.recipe.also)
-    selected = {metric: run_lib.read_best(run, folder, metric) for metric in wanted}
+    selected = run_lib.read_best(run, folder)
     folder.close()
     predictions = {}
     for metric, best in selected.items():
@@ -236,15 +230,13 @@ def _evaluate(plan: _Plan, dataset: data.Dataset, seeds, results: Results) -> No
         own = {metric: found[metric][metric] for metric in run.recipe.also}
         results.rows.append({"model": name, **told, **found[None], **own})
     if seed == seeds[0]:
-      _show(plan, dataset, selected[None], grid, results)
+      _show(plan, selected[None], grid, represent, results)
 
 
-def _show(plan, dataset, best, grid, results) -> None:
+def _show(plan, best, grid, represent, results) -> None:
   """Predictions and representations of one run at the rates that are drawn."""
   conditions = evaluate.parse_rates(_SHOWN.value)
   rates = np.stack([condition.rates for condition in conditions])
-  system, mask_of = run_lib.make_system(plan.config), run_lib.make_mask_of(plan.config)
-  represent = evaluate.make_grid(system, dataset.test, mask_of, output=_FEATURE.value)
   for kept, make in ((results.shown, grid), (results.features, represent)):
     try:
       values = np.asarray(make(**best, rates=rates, seeds=[0]))[:, 0]

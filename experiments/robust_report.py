@@ -5,6 +5,7 @@ import html
 import importlib.metadata
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,22 @@ METRICS = ("acc7", "acc5", "acc3", "acc2_non0", "acc2_has0", "acc2", "f1_non0", 
            "mae", "corr", "acc", "uar")  # fmt: skip
 AREAS = ("mae", "corr", "acc7", "acc5", "acc3", "acc2_non0", "acc2", "acc", "uar", "f1")
 KEYS = ("model", "kind", "condition", "seed", "mask_seed")
+
+
+class Results(NamedTuple):
+  """What the variants gave.
+
+  Attributes:
+    rows: per variant, condition, seed and mask seed: the metrics.
+    shown: variant -> rate -> predictions [N, ...] of the first seed.
+    features: variant -> rate -> representations [N, D] of the first seed.
+    seconds: variant -> seconds of one whole grid, compiled.
+  """
+
+  rows: list[dict]
+  shown: dict[str, dict[str, np.ndarray]]
+  features: dict[str, dict[str, np.ndarray]]
+  seconds: dict[str, float]
 
 
 def selection_in_words(selection: str, rate: str) -> str:
@@ -110,7 +127,7 @@ def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
   paper = paper[paper["dataset"].str.lower() == dataset.lower()]
   percent = ~paper["metric"].isin(["mae", "corr"])
   paper["value"] = paper["value"].where(~percent, paper["value"] / 100)
-  keys = paper["condition"] + " " + paper["method"].map(_plain) + " " + paper["metric"]
+  keys = paper["condition"] + " " + paper["method"].map(report.plain) + " " + paper["metric"]
   values = dict(zip(keys, paper["value"], strict=True))
   table = tables.summarize(rows, ("kind", "condition", "model")).to_dict("records")
   for row in table:
@@ -121,7 +138,7 @@ def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
   found = []
   for row in table:
     for metric in metric_names(rows):
-      key = f"{row['condition']} {_plain(row['model'])} {metric.removesuffix('_swapped')}"
+      key = f"{row['condition']} {report.plain(row['model'])} {metric.removesuffix('_swapped')}"
       found.append(
         {
           "condition": row["condition"], "model": row["model"], "metric": metric,
@@ -158,7 +175,7 @@ def laziness(
 
 
 def write(
-  results,
+  results: Results,
   label: np.ndarray,
   spec: types.Spec,
   out: pathlib.Path,
@@ -170,7 +187,7 @@ def write(
   """Writes all tables and figures, and `report.html` with all of them in it.
 
   Args:
-    results: with "rows", "shown", "features" and "seconds", see `experiments.robust.Results`.
+    results: what the variants gave.
     label: [N] the test labels.
     spec: of the dataset.
     out: the output folder.
@@ -267,8 +284,3 @@ def _page(parts, figures, protocol, dataset) -> str:
     f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Robustness</title>'
     f"<style>{style}</style><body>{''.join(body)}</body></html>\n"
   )
-
-
-def _plain(name: str) -> str:
-  """"Self-MM", "self_mm" -> "selfmm"."""
-  return name.lower().replace("-", "").replace("_", "")

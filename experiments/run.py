@@ -281,20 +281,20 @@ def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
     missing_rate=tuple(asked["missing_rate"]), seed=asked["seed"],
   )  # fmt: skip
   folder = workdir.Workdir(path, asked, data_dir)
-  best = read_best(run, folder)
+  best = read_best(run, folder)[None]
   folder.close()
   return run, best
 
 
-def read_best(run: Run, folder: workdir.Workdir, metric: str | None = None) -> dict:
-  """The selected {"params", "extra"} of a run in its folder, or those that `metric` selects."""
+def read_best(run: Run, folder: workdir.Workdir) -> dict[str | None, dict]:
+  """The selected {"params", "extra"} of a run in its folder, as [None]; an oracle's, by metric."""
 
   @jax.eval_shape
   def template():
     params, extra = run.recipe.system.init(run.key, run.dataset.spec)
     return {"params": params, "extra": extra}
 
-  best = folder.read_best(template, metric)
+  best = folder.read_best(template, run.recipe.also)
   if best is None:
     raise workdir.WorkdirError(f"{folder.path} holds no checkpoint yet.")
   return best

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import tensorboardX
 
@@ -84,14 +85,16 @@ class Workdir:
     """The newest saved progress, or None."""
     return checkpoint.restore(self.checkpoints, template)
 
-  def read_best(self, template: dict, metric: str | None = None) -> dict | None:
-    """{"params", "extra"} of the selected epoch in the newest progress, or None.
+  def read_best(self, template: dict, also: Sequence[str] = ()) -> dict | None:
+    """{None: {"params", "extra"}} of the selected epoch in the newest progress, or None.
 
-    `metric` is one of `train.Recipe.also`: then of the epoch that is best by this metric.
+    And of the epochs that metrics in `train.Recipe.also` select, by the metric.
     """
-    wanted = {"best": template} if metric is None else {"others": {metric: template}}
+    wanted = {"best": template}
+    if also:
+      wanted["others"] = dict.fromkeys(also, template)
     found = checkpoint.restore(self.checkpoints, wanted, partial=True)
-    return found and (found["best"] if metric is None else found["others"][metric])
+    return found and {None: found["best"], **found.get("others", {})}
 
   def restore(self, template: train.Progress) -> train.Progress | None:
     """`read`, to train on: see `rewind`."""

@@ -183,3 +183,53 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
   for name in ("epochs_valid.png", "epochs_test.png", "robustness.png"):
     assert (out / name).stat().st_size > 5000
   assert "seed" not in compare("--seeds=2").split("Curves")[0]  # nothing left to train
+
+
+def test_ablate_trains_variants_and_tabulates_their_differences(folder):
+  out = folder / "ablated"
+
+  def ablate():
+    code, output = finish(
+      start(
+        "ablate",
+        "--model=quickstart",
+        "--change=blind: mask.drop=('text',); missing_rate=0",
+        "--dataset=tiny",
+        f"--data_dir={folder / 'data'}",
+        f"--out={out}",
+        "--set=quickstart/model.hidden_size=4",
+        "--set=train.epochs=2",
+        "--set=train.batch_size=16",
+        "--seeds=1",
+        "--mask_seeds=2",
+        "--selection=test_oracle",
+      )
+    )
+    assert code == 0, output
+    return output
+
+  assert ablate().count("Best epoch") == 2
+  table = pd.read_csv(out / "differences.csv").set_index("model")
+  assert table.loc["quickstart", "Δ mae"] == 0 and table.loc["quickstart blind", "Δ mae"] != 0
+  page = (out / "report.html").read_text(encoding="utf-8")
+  assert "TEST ORACLE" in page and "experiments.ablate --model=quickstart" in page
+  rows = pd.read_csv(out / "robustness_runs.csv")
+  assert len(rows) == 2 * (10 + 6) * 2  # variants x conditions x masks
+  # without language, audio and vision nothing is seen: no mask makes a difference
+  silent = rows[(rows["model"] == "quickstart blind") & (rows["kind"] == "missing")]
+  assert silent[silent["condition"] == "av"]["mae"].nunique() == 1
+
+
+def test_an_entry_for_a_model_that_does_not_run_is_refused(folder):
+  code, output = finish(
+    start(
+      "robustness",
+      "--configs=quickstart",
+      "--dataset=tiny",
+      f"--data_dir={folder / 'data'}",
+      f"--out={folder / 'refused'}",
+      "--set=quickstrat/train.epochs=2",
+    )
+  )
+  assert code == 1 and "'quickstrat' is none of quickstart" in output and "Traceback" not in output
+  assert not (folder / "refused").exists()

@@ -24,11 +24,8 @@ RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Compiling takes all the time, and half of it is optimizing."""
-  jax.config.update("jax_disable_most_optimizations", True)
+def precision(quick_compilation):
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
   jax.config.update("jax_default_matmul_precision", None)  # the binary raises it
 
 

@@ -1,7 +1,5 @@
 """The report of a robust evaluation, from made-up results."""
 
-import collections
-
 import numpy as np
 import pandas as pd
 
@@ -9,7 +7,6 @@ from experiments import robust_report
 from experiments.configs import lnln
 from mmjax import types
 
-Results = collections.namedtuple("Results", "rows shown features seconds")
 SPEC = types.Spec(*[types.ModalitySpec(2, 2)] * 3, num_train=4)
 LABEL = np.float32([-2.6, -1.0, 0.2, 1.4, 2.9, 0.0])
 
@@ -100,7 +97,7 @@ def test_the_page_holds_everything(tmp_path, capsys):
   shown = {name: {"0": LABEL, "0.9": LABEL * 0} for name in ("lnln", "self_mm")}
   points = np.random.default_rng(0).normal(size=(2, 6, 5))
   features = {name: dict(zip(("0", "0.9"), points, strict=True)) for name in shown}
-  results = Results(make_rows(), shown, features, {"lnln": 1.5, "self_mm": 0.5})
+  results = robust_report.Results(make_rows(), shown, features, {"lnln": 1.5, "self_mm": 0.5})
   protocol = {
     "command": "python -m experiments.robustness --configs=lnln,<b>",
     "selection": robust_report.selection_in_words("test_oracle", "0.5"),
