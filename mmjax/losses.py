@@ -174,8 +174,9 @@ def info_nce(x: Array, y: Array, temperature: float = 1.0) -> Array:
   predicted from a fusion it is the contrastive term of MMIM (Han et al. 2021, arXiv 2109.00412).
 
   Args:
-    x: [B, D] representations, not zero.
-    y: [B, D] their partners, not zero; the other rows are the negatives.
+    x: [B, D] representations. A row of zeros, of text that is missing altogether, has no
+      direction: its products and its gradient are 0.
+    y: [B, D] their partners; the other rows are the negatives.
     temperature: τ.
 
   Returns:
@@ -183,9 +184,7 @@ def info_nce(x: Array, y: Array, temperature: float = 1.0) -> Array:
   """
   chex.assert_rank([x, y], 2)
   chex.assert_equal_shape([x, y])
-  x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
-  y = y / jnp.linalg.norm(y, axis=1, keepdims=True)
-  logits = x @ y.T / temperature
+  logits = _direction(x) @ _direction(y).T / temperature
   return jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits)
 
 
@@ -243,6 +242,13 @@ def with_l2(loss: types.LossFn, coefficient: chex.Numeric, pattern: str = "") ->
     return value + coefficient * squares, aux._replace(metrics={**aux.metrics, "l2": squares})
 
   return regularized
+
+
+def _direction(x: Array) -> Array:
+  """x [B, D] with rows of length 1; rows of zeros stay, with a gradient of zeros."""
+  squared = jnp.sum(x**2, axis=1, keepdims=True)
+  exists = squared > 0  # replaced before the root: its derivative at 0 is infinite
+  return jnp.where(exists, x, 0.0) / jnp.sqrt(jnp.where(exists, squared, 1.0))
 
 
 def _norm(x: Array) -> Array:
