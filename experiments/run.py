@@ -12,7 +12,20 @@ import ml_collections
 import tqdm
 
 from experiments import workdir
-from mmjax import checkpoint, data, evaluate, masking, meta, metrics, models, optim, train, types
+from mmjax import (
+  checkpoint,
+  data,
+  evaluate,
+  masking,
+  meta,
+  metrics,
+  models,
+  optim,
+  parallel,
+  stream,
+  train,
+  types,
+)  # fmt: skip
 
 # The training methods and how the paper writes them.
 METHODS = {"orig": "ORIG", "spl": "SPL-TRN", "m3s": "M3S"}
@@ -46,7 +59,8 @@ class Run(NamedTuple):
 def load_data(config: ml_collections.ConfigDict, data_dir: str) -> data.Dataset:
   """The dataset that `config.data` describes."""
   settings = config.data.to_dict()
-  return data.load(data_dir, settings.pop("name"), **settings)
+  load = stream.open_dataset if settings.pop("stream", False) else data.load
+  return load(data_dir, settings.pop("name"), **settings)
 
 
 def make_system(config: ml_collections.ConfigDict) -> types.System:
@@ -113,7 +127,7 @@ def make_run(
   """
   system = make_system(config)
   settings = config.train
-  rows = dataset.train.index.shape[0]
+  rows = dataset.spec.num_train
   overrides = config.get("phase_optimizer", ml_collections.ConfigDict()).to_dict()
   if settings.get("selection", "validation") not in SELECTIONS:
     raise ValueError(f"selection is {settings.selection!r}, expected one of {SELECTIONS}.")
@@ -161,7 +175,7 @@ def execute(
   log_test: bool = False,
   show_progress: bool = True,
 ) -> train.Progress:
-  """Trains a run to its end in its folder, from wherever the folder stands.
+  """Trains a run to its end in its folder, from wherever the folder stands, on all devices.
 
   Args:
     run: the run.
@@ -174,24 +188,26 @@ def execute(
   Returns:
     The final progress; `.best` holds the parameters selected on validation.
   """
-  recipe, dataset = run.recipe, run.dataset
+  dataset, batch_size = run.dataset, min(run.recipe.batch_size, run.dataset.spec.num_train)
+  recipe = run.recipe._replace(mesh=parallel.make_mesh(batch_size))
   progress = train.start(recipe, dataset.train, dataset.spec, run.key)
   progress = folder.restore(progress) or progress
   saved = time.monotonic()
 
   def pause(progress):
     nonlocal saved
-    if should_stop() or time.monotonic() - saved > checkpoint_every:
+    stop = parallel.agree(should_stop())
+    if stop or parallel.agree(time.monotonic() - saved) > checkpoint_every:
       folder.save(progress)
       saved = time.monotonic()
-    if should_stop():
+    if stop:
       raise Interrupted
 
   bar = tqdm.tqdm(
     total=recipe.epochs,
     initial=int(progress.epoch),
     unit="epoch",
-    disable=not show_progress,
+    disable=not show_progress or jax.process_index() > 0,
     dynamic_ncols=True,
   )
   with bar:
@@ -232,6 +248,8 @@ def execute_together(
     log_test: whether to log the test split's metrics too, for figures.
   """
   recipe, dataset = runs[0].recipe, runs[0].dataset
+  if isinstance(dataset.train, stream.Stream):
+    raise ValueError("runs that train together cannot stream: set --schedule=processes.")
   progresses = tuple(
     train.start(recipe, dataset.train, dataset.spec, run.key) for run in runs
   )

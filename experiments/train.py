@@ -3,12 +3,15 @@
 python -m experiments.train --config=experiments/configs/misa.py:mosi --data_dir=data \
     --workdir=runs/misa-m3s --method=m3s --missing_rate=0.4,0.6 --seed=0
 
-The same command goes on after any interruption, and ends with the same bits.
+The same command goes on after any interruption, and ends with the same bits. All devices of the
+process share each batch; data larger than the memory stream from disk with
+--config.data.stream=True.
 """
 
 import signal
 import sys
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -30,11 +33,29 @@ _CHECKPOINT_EVERY = flags.DEFINE_float(
 _LOG_TEST = flags.DEFINE_bool(
   "log_test", False, "Also log the test split's metrics, for figures; they select nothing."
 )
+_DISTRIBUTED = flags.DEFINE_string(
+  "distributed", "", "Train on several hosts: `auto` on a cluster that JAX knows (TPU, SLURM, MPI),"
+  " else COORDINATOR:PORT,PROCESSES,PROCESS. All see the same --workdir.",
+)  # fmt: skip
+
+
+def join(hosts: str) -> None:
+  """Makes this process one of several, see --distributed."""
+  if hosts == "auto":
+    jax.distributed.initialize()
+  elif hosts:
+    try:
+      address, count, number = hosts.split(",")
+      count, number = int(count), int(number)
+    except ValueError:
+      sys.exit(f"error: --distributed={hosts}: expected auto or HOST:PORT,PROCESSES,PROCESS.")
+    jax.distributed.initialize(address, count, number)
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  join(_DISTRIBUTED.value)
   signals = []
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: signals.append(number))

@@ -13,6 +13,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import tensorboardX
 
 from mmjax import checkpoint, train
@@ -55,7 +56,7 @@ def read_config(workdir: str | os.PathLike) -> dict:
 
 
 class Workdir:
-  """Opens or creates the folder of a run.
+  """Opens or creates the folder of a run. Of several processes the first alone writes text.
 
   Args:
     path: the folder.
@@ -72,7 +73,7 @@ class Workdir:
     asked = json.loads(json.dumps(asked))  # as it will be read back
     if (self.path / "config.json").exists():
       _refuse_other(self.path, read_config(self.path)["run"], asked)
-    else:
+    elif _is_first():
       versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
       found = {"run": asked, "data_dir": os.fspath(data_dir), "versions": versions}
       text = json.dumps(found, indent=2)
@@ -104,6 +105,8 @@ class Workdir:
 
   def rewind(self, finished: int) -> None:
     """Opens the log for the epoch `finished`: drops the lines of that one and of later ones."""
+    if not _is_first():
+      return
     kept = [line for line in self.history() if line["epoch"] < finished]
     _write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
     self._events = tensorboardX.SummaryWriter(
@@ -135,11 +138,15 @@ class Workdir:
   def finish(self, progress: train.Progress) -> None:
     """Saves the last progress and marks the training as over."""
     self.save(progress)
+    if not _is_first():
+      return
     found = {"best_epoch": int(progress.best_epoch), "score": float(progress.best_score)}
     _write_atomically(self.path / "done.json", json.dumps(found) + "\n")
 
   def log(self, report: train.EpochReport, test: dict[str, float] | None = None) -> None:
     """Appends an epoch to the log and to the TensorBoard events; `test` metrics if given."""
+    if not _is_first():
+      return
     line = {
       "epoch": report.epoch,
       "step": int(report.progress.state.step),
@@ -159,6 +166,10 @@ class Workdir:
     if self._events is not None:
       self._events.close()
     self.checkpoints.close()
+
+
+def _is_first() -> bool:
+  return jax.process_index() == 0
 
 
 def _refuse_other(path: pathlib.Path, old: dict, new: dict) -> None:

@@ -31,7 +31,7 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
 
   Args:
     checkpoints: from `manager`.
-    template: a pytree of the same structure, shapes and types.
+    template: a pytree of the same structure, shapes and types; arrays come back on its devices.
     partial: whether the template is only a part of what was saved; a dict may stand for
       another container with the same names.
 
@@ -44,7 +44,10 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
   step = checkpoints.latest_step()
   if step is None:
     return None
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), template)
+  shapes = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=getattr(a, "sharding", None)),
+    template,
+  )
   if partial:
     args = ocp.args.PyTreeRestore(
       shapes,

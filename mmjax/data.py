@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,22 +107,32 @@ def from_arrays(
       raise DataError(f"{name}: the split {split!r} is missing; there are {sorted(arrays)}.")
   splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
   if standardize:
-    splits = _standardize(splits)
+    found = _moments(splits["train"])
+    splits = {split: scale(batch, found) for split, batch in splits.items()}
   labels = np.concatenate([splits[split].label for split in SPLITS])
-  known = next((r for n, r in LABEL_RANGES.items() if name.lower().startswith(n)), None)
-  spread = label_range or known or (float(labels.min()), float(labels.max()))
-  train = splits["train"]
-  spec = types.Spec(
-    *(_spec(getattr(train, m)) for m in types.MODALITIES),
-    num_train=len(train.index),
-    num_classes=int(labels.max()) + 1 if task == "classification" else 0,
-    label_range=spread,
-  )
+  spec = make_spec(splits["train"], labels, name, task, label_range)
   ids = {
     split: [str(i) for i in arrays[split].get("id", range(len(splits[split].index)))]
     for split in SPLITS
   }
   return Dataset(**splits, spec=spec, ids=ids, name=name)
+
+
+def make_spec(
+  train: types.Batch,
+  labels: np.ndarray,
+  name: str,
+  task: str,
+  label_range: tuple[float, float] | None,
+) -> types.Spec:
+  """The spec of a training split, with all `labels` of the dataset; see `from_arrays`."""
+  known = next((r for n, r in LABEL_RANGES.items() if name.lower().startswith(n)), None)
+  return types.Spec(
+    *(_spec(getattr(train, m)) for m in types.MODALITIES),
+    num_train=len(train.index),
+    num_classes=int(labels.max()) + 1 if task == "classification" else 0,
+    label_range=label_range or known or (float(labels.min()), float(labels.max())),
+  )
 
 
 def _get(fields: Mapping[str, Any], key: str, where: str, why: str) -> np.ndarray:
@@ -194,24 +204,33 @@ def _spec(m: types.Modality) -> types.ModalitySpec:
   return types.ModalitySpec(m.x.shape[1], 0 if tokens else m.x.shape[2], tokens)
 
 
-def _standardize(splits: Mapping[str, types.Batch]) -> dict[str, types.Batch]:
-  """Scales every feature channel to mean 0 and deviation 1 over the training's valid steps."""
+Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _moments(train: types.Batch) -> Moments:
+  """Mean and deviation of every feature channel over the training's valid steps, by modality."""
   found = {}
   for name in types.MODALITIES:
-    m = getattr(splits["train"], name)
+    m = getattr(train, name)
     if m.x.ndim == 3:
       steps = m.x[m.valid].astype(np.float64)
-      mean, std = steps.mean(0), steps.std(0)
-      found[name] = mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+      found[name] = as_moments(steps.mean(0), steps.std(0))
+  return found
 
-  def scale(batch):
-    scaled = {}
-    for name, (mean, std) in found.items():
-      m = getattr(batch, name)
-      scaled[name] = m._replace(x=np.where(m.valid[..., None], (m.x - mean) / std, 0))
-    return batch._replace(**scaled)
 
-  return {split: scale(batch) for split, batch in splits.items()}
+def as_moments(mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
+  """What `scale` takes for one modality; a channel that never changes is not divided."""
+  mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+  return mean, np.where(std > 0, std, np.float32(1))
+
+
+def scale(batch: types.Batch, moments: Moments) -> types.Batch:
+  """Subtracts the mean and divides by the deviation, on valid steps; padding stays 0."""
+  scaled = {}
+  for name, (mean, std) in moments.items():
+    m = getattr(batch, name)
+    scaled[name] = m._replace(x=np.where(m.valid[..., None], (m.x - mean) / std, 0))
+  return batch._replace(**scaled)
 
 
 def dataset_folder(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
@@ -243,12 +262,15 @@ def read_card(data_dir: str | pathlib.Path, name: str) -> dict[str, Any]:
   return json.loads(text)
 
 
-def read_arrays(data_dir: str | pathlib.Path, name: str) -> dict[str, dict[str, np.ndarray]]:
+def read_arrays(
+  data_dir: str | pathlib.Path, name: str, splits: Sequence[str] = SPLITS
+) -> dict[str, dict[str, np.ndarray]]:
   """Reads a converted dataset back: {split: {key: array}}, bit for bit what was converted.
 
   Args:
     data_dir: folder of the datasets.
     name: the dataset's name.
+    splits: which ones.
 
   Returns:
     The arrays, rows in the order of the pickle; strings as an object array of str.
@@ -258,14 +280,16 @@ def read_arrays(data_dir: str | pathlib.Path, name: str) -> dict[str, dict[str, 
   """
   folder = dataset_folder(data_dir, name)
   builder = import_tfds().builder_from_directory(str(folder))
-  arrays = {}
-  for split in SPLITS:
-    columns = collections.defaultdict(list)
-    for rows in _batches(builder, split):
-      for key, values in rows.items():
-        columns[key].append(values)
-    arrays[split] = {key: _decode(np.concatenate(parts)) for key, parts in columns.items()}
-  return arrays
+  return {split: read_columns(builder, split) for split in splits}
+
+
+def read_columns(builder: Any, split: str, **options: Any) -> dict[str, np.ndarray]:
+  """A split as arrays; `builder` and `options`, such as `decoders`, are TensorFlow Datasets'."""
+  columns = collections.defaultdict(list)
+  for rows in _batches(builder, split, **options):
+    for key, values in rows.items():
+      columns[key].append(values)
+  return {key: _decode(np.concatenate(parts)) for key, parts in columns.items()}
 
 
 def _decode(values: np.ndarray) -> np.ndarray:
@@ -291,11 +315,11 @@ def _worth_reading(record: logging.LogRecord) -> bool:
   return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
 
 
-def _batches(builder, split: str, size: int = 512) -> Iterator[dict[str, np.ndarray]]:
+def _batches(builder, split: str, size: int = 512, **options) -> Iterator[dict[str, np.ndarray]]:
   """A split's rows in their order, up to `size` at a time."""
   tfds = import_tfds()
   if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-    dataset = builder.as_dataset(split, batch_size=size, shuffle_files=False)
+    dataset = builder.as_dataset(split, batch_size=size, shuffle_files=False, **options)
     yield from tfds.as_numpy(dataset)
     return
   kinds = {key: feature.np_dtype for key, feature in builder.info.features.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmjax import metrics, optim, types
+from mmjax import metrics, optim, parallel, stream, types
 
 # One constant per purpose, folded into the run's key.
 INIT, DATA, LOSS, METHOD = range(4)
@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
     larger_is_better: direction of `select`.
     patience: stop after so many epochs without a better one (None: never).
     also: further metrics, each of which keeps the parameters of its own best epoch.
+    mesh: devices that share each batch, see `parallel`; None for one device.
   """
 
   system: types.System
@@ -54,6 +55,7 @@ class Recipe(NamedTuple):
   larger_is_better: bool = False
   patience: int | None = None
   also: tuple[str, ...] = ()
+  mesh: jax.sharding.Mesh | None = None
 
 
 class Progress(NamedTuple):
@@ -128,6 +130,7 @@ def make_step(
     trained, constant = optim.split(state.params, phase.trains)
 
     def loss(trained, batch, key, extra):
+      batch = parallel.spread(batch, recipe.mesh)
       return phase.loss(optim.merge(trained, constant), batch, key, extra)
 
     method = recipe.method(jax.random.fold_in(key, METHOD))
@@ -144,13 +147,38 @@ def make_step(
   return step
 
 
-def make_steps(step: Callable, batch_size: int, draws: int, *, together: bool = False) -> Callable:
+def _advance(step: Callable) -> Callable:
+  """`(state, sums, batch, key) -> (state, sums, finite)`: a step, its metrics added to `sums`."""
+
+  def advance(state, sums, batch, key):
+    state, metrics = step(state, batch, key)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    return state, jax.tree.map(jnp.add, sums, metrics), finite
+
+  return advance
+
+
+def _compile(function: Callable, mesh: jax.sharding.Mesh | None) -> Callable:
+  """Jitted; the first two arguments, state and sums, are consumed, all results are replicated."""
+  placed = {} if mesh is None else {"out_shardings": parallel.replicated(mesh)}
+  return jax.jit(function, donate_argnums=(0, 1), **placed)
+
+
+def make_steps(
+  step: Callable,
+  batch_size: int,
+  draws: int,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  together: bool = False,
+) -> Callable:
   """Runs the steps [start, stop) of an epoch over data on the device, as one program.
 
   Args:
     step: from `make_step`.
     batch_size: B.
     draws: independent draws of B rows a step.
+    mesh: as in `Recipe`.
     together: whether state, sums and key have a leading axis of runs that train side by side.
 
   Returns:
@@ -159,41 +187,80 @@ def make_steps(step: Callable, batch_size: int, draws: int, *, together: bool = 
     are traced, so that an epoch can be cut anywhere without compiling again or changing a bit.
     It ends at `last` < `stop` where a loss or gradient was not `finite`.
   """
+  advance = _advance(step)
 
   def steps(state, sums, data, key, epoch, start, stop):
-    order_key = jax.random.fold_in(jax.random.fold_in(key, DATA), epoch)
     orders = jax.vmap(lambda k: jax.random.permutation(k, data.index.shape[0]))(
-      jax.random.split(order_key, draws)
+      jax.random.split(_order_key(key, epoch), draws)
     )
 
     def unfinished(carry):
       _, _, at, finite = carry
       return (at < stop) & finite
 
-    def advance(carry):
+    def body(carry):
       state, sums, at, _ = carry
       rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
       batch = jax.tree.map(lambda a: a[rows.reshape(-1)], data)
-      state, metrics = step(state, batch, key)
-      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-      return state, jax.tree.map(jnp.add, sums, metrics), at + 1, finite
+      state, sums, finite = advance(state, sums, batch, key)
+      return state, sums, at + 1, finite
 
     state, sums, last, finite = jax.lax.while_loop(
-      unfinished, advance, (state, sums, start, jnp.bool_(True))
+      unfinished, body, (state, sums, start, jnp.bool_(True))
     )
     return state, sums, last, finite
 
   if together:
     steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
-  return jax.jit(steps, donate_argnums=(0, 1))
+  return _compile(steps, mesh)
 
 
-def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGKey) -> Progress:
+def make_stream_steps(
+  step: Callable, batch_size: int, draws: int, *, mesh: jax.sharding.Mesh | None = None
+) -> Callable:
+  """`make_steps` over data that stay on disk: `data` is a `stream.Stream`.
+
+  A step is a program of its own, and the next batch is read while it runs.
+  """
+  advance = _advance(step)
+
+  def one(state, sums, drawn, key):
+    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
+    return advance(state, sums, batch, key)
+
+  one = _compile(one, mesh)
+  place = batches = upcoming = None  # where the last call ended, and what follows there
+
+  def steps(state, sums, data, key, epoch, start, stop):
+    nonlocal place, batches, upcoming
+    if place != (int(epoch), int(start)):
+      read = data.batches(_order_key(key, epoch), batch_size, draws, skip=int(start))
+      batches = (parallel.assemble(drawn, mesh) for drawn in read)
+      upcoming = next(batches)
+    at, finite = int(start), True
+    while finite and at < stop:
+      state, sums, found = one(state, sums, upcoming, key)
+      at, upcoming = at + 1, next(batches, None)  # read while the device computes
+      finite = bool(found)
+    place = (int(epoch), at)
+    return state, sums, at, finite
+
+  return steps
+
+
+def _order_key(key, epoch):
+  return jax.random.fold_in(jax.random.fold_in(key, DATA), epoch)
+
+
+def start(
+  recipe: Recipe, train: types.Batch | stream.Stream, spec: types.Spec, key: types.PRNGKey
+) -> Progress:
   """The progress of a run that has not begun; also the template to restore one into."""
   state = create(recipe, spec, key)
-  batch_size = min(recipe.batch_size, train.index.shape[0])
-  rows = np.arange(batch_size * recipe.draws) % train.index.shape[0]
-  batch = jax.tree.map(lambda a: jnp.asarray(a[rows]), train)
+  example = train.example if isinstance(train, stream.Stream) else train
+  batch_size = min(recipe.batch_size, spec.num_train)
+  rows = np.arange(batch_size * recipe.draws) % example.index.shape[0]
+  batch = jax.tree.map(lambda a: jnp.asarray(a[rows]), example)
   sums = {}
   for phase in recipe.system.phases:
     _, metrics = jax.eval_shape(make_step(recipe, phase), state, batch, key)
@@ -202,12 +269,13 @@ def start(recipe: Recipe, train: types.Batch, spec: types.Spec, key: types.PRNGK
   best = _copy({"params": state.params, "extra": state.extra})
   worst, zero = np.float32(-np.inf), np.int32(0)
   others = {metric: {**_copy(best), "score": worst} for metric in recipe.also}
-  return Progress(state, best, worst, np.int32(-1), others, zero, zero, zero, sums)
+  progress = Progress(state, best, worst, np.int32(-1), others, zero, zero, zero, sums)
+  return progress if recipe.mesh is None else parallel.replicate(progress, recipe.mesh)
 
 
 def fit(
   recipe: Recipe,
-  train: types.Batch,
+  train: types.Batch | stream.Stream,
   validate: Callable[[types.Params, types.Extra], dict[str, float]],
   progress: Progress,
   key: types.PRNGKey,
@@ -224,7 +292,7 @@ def fit(
 
   Args:
     recipe: how to train.
-    train: the training split, N rows.
+    train: the training split, N rows; a stream stays on disk.
     validate: `(params, extra) -> metrics` on the validation split, with `recipe.select`.
     progress: from `start` or a checkpoint. Its buffers are consumed.
     key: the run's key.
@@ -239,10 +307,15 @@ def fit(
     NonFiniteLoss: at the first step whose loss or gradient is not finite.
     KeyError: if `validate` does not return `recipe.select`.
   """
-  phases, rows = recipe.system.phases, train.index.shape[0]
-  batch_size = min(recipe.batch_size, rows)
-  runs = [make_steps(make_step(recipe, phase), batch_size, recipe.draws) for phase in phases]
-  train = jax.tree.map(jnp.asarray, train)
+  phases, streamed = recipe.system.phases, isinstance(train, stream.Stream)
+  rows = train.rows if streamed else train.index.shape[0]
+  batch_size, make = min(recipe.batch_size, rows), make_stream_steps if streamed else make_steps
+  runs = [
+    make(make_step(recipe, phase), batch_size, recipe.draws, mesh=recipe.mesh) for phase in phases
+  ]
+  if recipe.mesh is not None:
+    key = parallel.replicate(key, recipe.mesh)
+  train = train if streamed else parallel.replicate(train, recipe.mesh)
   stretch = 1  # steps until the next pause; grows to about `seconds`
 
   while not _is_over(recipe, progress):
@@ -264,11 +337,12 @@ def fit(
         progress = progress._replace(
           state=state, done=np.int32(done), sums={**progress.sums, phase.name: sums}
         )
-        stretch = _next_stretch(stretch, time.monotonic() - began, seconds)
+        took = parallel.agree(time.monotonic() - began)
+        stretch = _next_stretch(stretch, took, seconds)
         if done < total:
           pause(progress)
       progress = progress._replace(phase=np.int32(number + 1), done=np.int32(0))
-    valid = validate(progress.state.params, progress.state.extra)
+    valid = validate(*parallel.local((progress.state.params, progress.state.extra)))
     report = _finish_epoch(recipe, progress, valid, rows, batch_size)
     progress = report.progress
     yield report

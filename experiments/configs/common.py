@@ -29,6 +29,7 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
     name=dataset,
     text="features",  # "features": precomputed; "tokens": raw ids through a BERT
     task="classification" if classes else "regression",
+    stream=False,  # leave the training split on disk, for data larger than the memory
     standardize=False,  # audio and vision by the training split's mean and std
   )
   config.train = dict(

@@ -1,0 +1,85 @@
+"""Data parallelism: every device holds the parameters and computes its share of each batch.
+
+Arrays stay global: a program that runs on a mesh computes what it computes on one device (up to
+the order of sums), statistics over the batch included. Several hosts run the same program, each
+on its own devices; see `jax.distributed`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "batch"
+
+
+def make_mesh(batch_size: int) -> Mesh | None:
+  """A mesh of all devices of all processes, or None where there is only one.
+
+  Args:
+    batch_size: B; it must be divisible by the number of devices.
+
+  Raises:
+    ValueError: if it is not.
+  """
+  devices = jax.devices()
+  if len(devices) == 1:
+    return None
+  if batch_size % len(devices):
+    raise ValueError(
+      f"batch_size is {batch_size}, but must be divisible by the {len(devices)} devices: change"
+      " train.batch_size, or show fewer devices to the process (CUDA_VISIBLE_DEVICES)."
+    )
+  return Mesh(np.array(devices), (AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device holds."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+  """The tree on every device; each process gives the same values."""
+  if mesh is None:
+    return jax.tree.map(jax.numpy.asarray, tree)
+  place = functools.partial(_place, sharding=replicated(mesh))
+  return jax.tree.map(place, tree)
+
+
+def _place(leaf, sharding):
+  if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+    data = _place(jax.random.key_data(leaf), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+  if getattr(leaf, "sharding", None) == sharding:
+    return leaf
+  return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
+
+
+def local(tree: Any) -> Any:
+  """Replicated arrays as arrays on the first device of this process."""
+  return jax.tree.map(lambda a: a.addressable_data(0) if isinstance(a, jax.Array) else a, tree)
+
+
+def agree(value: float | bool) -> float:
+  """The largest value that any process gives: what differs between clocks must not divide them."""
+  if jax.process_count() == 1:
+    return float(value)
+  return float(multihost_utils.process_allgather(np.float32(value)).max())
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+  """Inside of a program: leaves [B, ...] that are computed a share on each device."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def assemble(tree: Any, mesh: Mesh | None) -> Any:
+  """This process's rows [B / processes, ...] on the host -> the global [B, ...], spread."""
+  if mesh is None:
+    return jax.tree.map(jax.numpy.asarray, tree)
+  sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+  return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
