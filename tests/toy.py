@@ -61,6 +61,17 @@ def init(key, spec):
   return params, {"calls": jnp.int32(0)}
 
 
+def init_for(spec: types.Spec):
+  """`init` for the widths of another spec."""
+  width = sum(getattr(spec, m).dim for m in types.MODALITIES)
+
+  def start(key, _):
+    params, extra = init(key, spec)
+    return {**params, "encoder": {"kernel": 0.1 * jax.random.normal(key, (width, 8))}}, extra
+
+  return start
+
+
 def make_system(**kwargs) -> types.System:
   phases = kwargs.pop("phases", (types.Phase("main", loss),))
   return types.System(init, predict, phases, **kwargs)
