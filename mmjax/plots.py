@@ -79,6 +79,35 @@ def curves(
   return _save(drawn, path)
 
 
+def lines(
+  table: pd.DataFrame, y: str, path: str | pathlib.Path, *, panels: str, x: str, lines: str
+) -> pathlib.Path:
+  """Draws `y` against `x` on logarithmic axes: a panel for each value of a column.
+
+  Args:
+    table: the columns.
+    y: the column on the vertical axis.
+    path: where to write the figure; its suffix picks the format.
+    panels: the column whose values tell the panels apart, and are their horizontal titles.
+    x: the column on the horizontal axis.
+    lines: the column whose values tell the lines apart.
+
+  Returns:
+    The path.
+  """
+  groups = list(table.groupby(panels, sort=False))
+  drawn, axes = _figure(len(groups))
+  for axis, (title, part) in zip(axes, groups, strict=True):
+    for number, (label, line) in enumerate(part.groupby(lines, sort=False)):
+      color = COLORS[number % len(COLORS)]
+      axis.loglog(line[x], line[y], marker="o", markersize=3.5, color=color, label=label)
+    axis.set_xlabel(title)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25, which="both")
+  axes[0].legend(frameon=False)
+  return _save(drawn, path)
+
+
 def scatter(
   named: Mapping[str, Mapping[str, np.ndarray]], path: str | pathlib.Path
 ) -> pathlib.Path:

@@ -1,11 +1,11 @@
 """How fast are the meta-gradients? M³S iterations, ours and PyTorch's in turn.
 
 python -m experiments.benchmarks.meta --quick
-python -m experiments.benchmarks.meta --settings=aligned_b32,unaligned_b128 --json=meta.json
+python -m experiments.benchmarks.meta --json=meta.json --figure=meta.png
 
 Both sides have the same weights and see the same data; their losses and meta-gradients are
 compared first. Times are medians over alternating iterations; compilation is apart. Needs the
-extra "parity" (torch).
+extra "parity" (torch, transformers); `higher` and `torchopt` join in where they are installed.
 """
 
 import gc
@@ -13,196 +13,245 @@ import json
 import pathlib
 import statistics
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import pandas as pd
 import tabulate
 import tqdm
 from absl import app, flags
 
-from experiments.benchmarks import peers
-from mmjax import masking, meta, models, recurrence, torch_import, types
+from experiments.benchmarks import cases, peers
+from mmjax import evaluate, masking, meta, plots
 
-_QUICK = flags.DEFINE_bool("quick", False, "The smallest setting only, in less than 3 minutes.")
-_SETTINGS = flags.DEFINE_list("settings", ["aligned_b32", "aligned_b128", "unaligned_b128"],
-                              "Which settings.")  # fmt: skip
-_MODELS = flags.DEFINE_list("models", list(peers.MODELS), "Which systems.")
+_QUICK = flags.DEFINE_bool("quick", False, "The smallest setting only, without the naive unroll.")
+_SETTINGS = flags.DEFINE_list("settings", list(cases.SETTINGS), "Which settings.")
+_MODELS = flags.DEFINE_list("models", list(cases.MODELS), "Which systems.")
 _STEPS = flags.DEFINE_list("k", ["1", "3", "5"], "Numbers of inner steps.")
 _ORDERS = flags.DEFINE_list("orders", ["1", "2"], "First order, second order.")
+_ALSO = flags.DEFINE_list(
+  "also", ["grid", "seeds", "growth"],
+  "grid: a robustness grid against a PyTorch loop; seeds: three at once against one;"
+  " growth: cost against K, batch and length, and the memory of K = 20.",
+)  # fmt: skip
 _SECONDS = flags.DEFINE_float("seconds", 8.0, "Time for the iterations of one comparison.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
+_FIGURE = flags.DEFINE_string("figure", None, "File for the figure of `growth`.")
 
-RATE = 1e-3
-# (length, width) of text, audio, vision, and rows of the support (or query) set.
-SETTINGS = {
-  "aligned_b32": (((50, 768), (50, 5), (50, 20)), 32),
-  "aligned_b128": (((50, 768), (50, 5), (50, 20)), 128),
-  "unaligned_b128": (((50, 768), (375, 5), (500, 20)), 128),
-}
-MAKE = {
-  "misa": lambda: models.MODELS["misa"](dropout=0.0),
-  "self_mm": lambda: models.MODELS["self_mm"](head_dropout=(0.0, 0.0, 0.0, 0.0)),
-}
+GRID_ROWS, GRID_RATES, GRID_SEEDS = 686, np.arange(10) / 10, range(3)
 
 
-def make_batch(setting: str, seed: int = 0) -> types.Batch:
-  """2B rows of noise: support, then query."""
-  shapes, rows = SETTINGS[setting]
-  random, rows = np.random.default_rng(seed), 2 * rows
-
-  def modality(length, width):
-    valid = np.arange(length) < random.integers(length // 2, length + 1, (rows, 1))
-    x = random.normal(size=(rows, length, width)).astype(np.float32) * valid[..., None]
-    return types.Modality(x, valid, np.ones((rows, length, 1), bool), np.zeros(rows, np.float32))
-
-  label = random.uniform(-3, 3, rows).astype(np.float32)
-  weight = np.ones(rows, np.float32)
-  parts = (modality(*shape) for shape in shapes)
-  return types.Batch(*parts, label, np.arange(rows, dtype=np.int32), weight, {})
+def alternate(*sides, least: int = 3) -> list[float]:
+  """Median seconds of each side, run in turn; each has run once before, to warm up."""
+  times, began = [[] for _ in sides], time.perf_counter()
+  seconds = min(_SECONDS.value, 2.0) if _QUICK.value else _SECONDS.value
+  while time.perf_counter() - began < seconds or len(times[0]) < least:
+    for run, kept in zip(sides, times, strict=True):
+      gc.collect()
+      start = time.perf_counter()
+      run()
+      kept.append(time.perf_counter() - start)
+  return [statistics.median(kept) for kept in times]
 
 
-def without_dropout(loss: types.LossFn) -> types.LossFn:
-  """The Transformer of MISA has dropout that is no setting: it needs a key that is None."""
-  return lambda params, batch, key, extra: loss(params, batch, None, extra)
-
-
-def naive(loss: types.LossFn, mask: types.MaskFn, k: int, order: int) -> types.LossFn:
-  """M³S as one would write it first: K steps unrolled, nothing recomputed."""
-
-  def meta_loss(params, batch, key, extra):
-    support, query = meta.split_support_query(batch)
-    support = mask(key, support)
-    adapted = params
-    for _ in range(k):
-      grads = jax.grad(lambda p: loss(p, support, key, extra)[0])(adapted)
-      adapted = jax.tree.map(lambda p, g: p - RATE * g, adapted, grads)
-    if order == 1:
-      adapted = jax.lax.stop_gradient(adapted)
-      adapted = jax.tree.map(lambda a, p: a + p - jax.lax.stop_gradient(p), adapted, params)
-    return loss(adapted, mask(key, query), key, extra)
-
-  return meta_loss
-
-
-def compile_ours(setting, model, order, k):
-  """The compiled step, its arguments, its seconds to compile, and temporaries in bytes."""
-  batch = make_batch(setting)
-  mask = masking.span(0.5)
-  drawn = mask(jax.random.key(1), batch)  # the peers get these masks; masking is not timed
-  system = MAKE[model]()
-  spec = types.Spec(
-    *(types.ModalitySpec(*shape) for shape in SETTINGS[setting][0]), num_train=len(batch.label)
-  )
-  params, extra = jax.jit(lambda key: system.init(key, spec))(jax.random.key(0))
-  loss = without_dropout(system.phases[0].loss)
-  keep = lambda key, batch: batch  # noqa: E731
-  ours = meta.m3s(
-    loss, keep, inner_steps=k, inner_optimizer=optax.sgd(RATE),
-    order={1: "first", 2: "second"}[order],
-  )  # fmt: skip
-  args = (params, jax.tree.map(jnp.asarray, drawn), jax.random.key(2), extra)
-  began = time.perf_counter()
-  step = jax.jit(jax.value_and_grad(ours, has_aux=True)).lower(*args).compile()
-  took = time.perf_counter() - began
-  plain = jax.jit(jax.value_and_grad(naive(loss, keep, k, order), has_aux=True))
-  with recurrence.plain():
-    naive_bytes = plain.lower(*args).compile().memory_analysis().temp_size_in_bytes
-  return system, step, args, took, step.memory_analysis().temp_size_in_bytes, naive_bytes
-
-
-def make_module(model, system, setting, params):
-  """The PyTorch module with our parameters in it."""
-  import torch
-
-  widths = [width for _, width in SETTINGS[setting][0]]
-  module = peers.MODELS[model](*widths)
-  shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-  state = torch_import.to_torch(params, shapes, system.torch_rules)
-  module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
-  return module
-
-
-def check(system, ours, theirs, name):
-  """Raises unless losses and meta-gradients agree."""
-  (value, _), grads = ours
-  np.testing.assert_allclose(value, float(theirs[0]), rtol=1e-3)
-  found = {name: g.detach().numpy() for name, g in theirs[1].items() if g is not None}
-  mine = torch_import.to_torch(grads, {n: g.shape for n, g in found.items()}, system.torch_rules)
-  for parameter, expected in found.items():
-    error = np.abs(mine[parameter] - expected).max()
-    if error > 2e-2 * np.abs(expected).max() + 1e-6:
-      raise AssertionError(f"{name}: the meta-gradients of {parameter} differ by {error:.1e}.")
-
-
-def compare(setting: str, model: str, order: int, k: int) -> list[dict]:
+def compare(name: str, model: str, order: int, k: int) -> list[dict]:
   """A row per peer."""
-  system, step, args, compiled, temporaries, naive_bytes = compile_ours(setting, model, order, k)
-  module = make_module(model, system, setting, args[0])
+  setting = cases.SETTINGS[name]
+  case = cases.prepare(model, setting)
+  step, took = cases.compile_timed(cases.ours(case, order, k), *case.args)
+  naive_bytes = None if _QUICK.value else cases.naive_temporaries(case, order, k)
+  module = cases.make_module(model, setting, case)
   support, query = (
     peers.tensors(jax.tree.map(np.asarray, part))
-    for part in meta.split_support_query(jax.tree.map(np.asarray, args[1]))
+    for part in meta.split_support_query(jax.tree.map(np.asarray, case.args[1]))
   )
 
   def run_ours():
-    return jax.block_until_ready(step(*args))
+    return jax.block_until_ready(step(*case.args))
 
   rows = []
-  for name in peers.available(order):
-    theirs = peers.make_step(name, module, order, k, RATE)
+  for peer in peers.available(order):
+    theirs = peers.make_step(peer, module, order, k, cases.RATE)
 
     def run_theirs(theirs=theirs):
       return theirs(support, query)
 
     try:
-      check(system, run_ours(), run_theirs(), f"{setting}, {model}, {name}")
+      cases.check(case.system, run_ours(), run_theirs(), f"{name}, {model}, {peer}")
     except RuntimeError as error:  # an operation without a derivative in this version
-      print(f"{setting}, {model}: {name} cannot run ({str(error).splitlines()[0]})")
+      print(f"{name}, {model}: {peer} cannot run ({str(error).splitlines()[0]})")
       continue
-    times, began = {"ours": [], "peer": []}, time.perf_counter()
-    while time.perf_counter() - began < _SECONDS.value or len(times["peer"]) < 3:
-      for side, run in (("ours", run_ours), ("peer", run_theirs)):
-        gc.collect()
-        start = time.perf_counter()
-        run()
-        times[side].append(time.perf_counter() - start)
-    ours_s, peer_s = (statistics.median(times[side]) for side in ("ours", "peer"))
+    ours_s, peer_s = alternate(run_ours, run_theirs)
     rows.append(
       {
-        "setting": setting, "model": model, "order": order, "k": k, "peer": name,
+        "setting": name, "model": model, "order": order, "k": k, "peer": peer,
         "ours_s": ours_s, "peer_s": peer_s, "ratio": peer_s / ours_s,
-        "temp_bytes": temporaries, "naive_temp_bytes": naive_bytes, "compile_s": compiled,
+        "temp_bytes": cases.temporaries(step), "naive_temp_bytes": naive_bytes, "compile_s": took,
       }
     )  # fmt: skip
   return rows
 
 
+def compare_grids(name: str, model: str) -> dict:
+  """A robustness grid as one program, and as a PyTorch loop rate by rate and batch by batch."""
+  setting = cases.SETTINGS[name]
+  case = cases.prepare(model, setting)
+  split = cases.make_batch(setting, GRID_ROWS)
+  grid = evaluate.make_grid(case.system, split, masking.bernoulli)
+  rates = np.stack([evaluate.rate_condition(rate).rates for rate in GRID_RATES])
+  run_theirs = peers.make_grid(
+    cases.make_module(model, setting, case), peers.tensors(split), GRID_RATES, len(GRID_SEEDS)
+  )
+
+  def run_ours():
+    params, _, _, extra = case.args
+    return jax.block_until_ready(grid(params, extra, rates, list(GRID_SEEDS)))
+
+  began = time.perf_counter()
+  run_ours()
+  took = time.perf_counter() - began
+  run_theirs()
+  ours_s, peer_s = alternate(run_ours, run_theirs)
+  return {
+    "setting": name, "model": model, "ours_s": ours_s, "peer_s": peer_s,
+    "ratio": peer_s / ours_s, "compile_s": took - ours_s,
+  }  # fmt: skip
+
+
+def compare_seeds(name: str, model: str, order: int, k: int, seeds: int = 3) -> dict:
+  """Several seeds as one vmapped program, in units of one seed."""
+  case = cases.prepare(model, cases.SETTINGS[name])
+  step = cases.ours(case, order, k)
+  params, batch, key, extra = case.args
+  several = jax.tree.map(lambda a: jnp.stack([a] * seeds), (params, batch, key, extra))
+  one, _ = cases.compile_timed(step, *case.args)
+  together, _ = cases.compile_timed(jax.vmap(step), *several)
+
+  def run_one():
+    return jax.block_until_ready(one(*case.args))
+
+  def run_together():
+    return jax.block_until_ready(together(*several))
+
+  run_one(), run_together()
+  one_s, together_s = alternate(run_one, run_together)
+  return {
+    "setting": name, "model": model, "order": order, "k": k, "one_s": one_s,
+    "together_s": together_s, "cost": together_s / one_s,
+  }  # fmt: skip
+
+
+def measure(model: str, setting: cases.Setting, order: int, k: int) -> tuple[float, int]:
+  """Our seconds an iteration and bytes of temporaries."""
+  case = cases.prepare(model, setting)
+  step, _ = cases.compile_timed(cases.ours(case, order, k), *case.args)
+
+  def run():
+    return jax.block_until_ready(step(*case.args))
+
+  run()
+  return alternate(run)[0], cases.temporaries(step)
+
+
+def growth(model: str = "self_mm") -> list[dict]:
+  """Cost against the number of inner steps, the batch and the length of audio and vision."""
+  rows = []
+
+  def add(name, value, setting, order, k):
+    seconds, temporaries = measure(model, setting, order, k)
+    rows.append({"against": name, "value": value, "order": order, "seconds": seconds,
+                 "temp_bytes": temporaries})  # fmt: skip
+
+  text, audio, vision = cases.ALIGNED
+  for order in cases.ORDERS:
+    for k in (1, 2, 3, 5, 10, 20):
+      add("inner steps K", k, cases.SETTINGS["aligned_b32"], order, k)
+    for rows_ in (8, 16, 32, 64, 128):
+      add("batch B", rows_, cases.Setting(cases.ALIGNED, rows_), order, 1)
+    for length in (25, 50, 100, 200, 400):
+      shapes = (text, (length, audio[1]), (length, vision[1]))
+      add("length of audio and vision", length, cases.Setting(shapes, 32), order, 1)
+  return rows
+
+
+def compare_memory(name: str = "unaligned_b128", model: str = "self_mm", k: int = 20) -> dict:
+  """Temporaries of many second-order inner steps, beside the naive unroll's."""
+  case = cases.prepare(model, cases.SETTINGS[name])
+  step, _ = cases.compile_timed(cases.ours(case, 2, k), *case.args)
+  one, _ = cases.compile_timed(cases.ours(case, 2, 1), *case.args)
+  params = sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[0]))
+  found, naive = cases.temporaries(step), cases.naive_temporaries(case, 2, k)
+  return {
+    "setting": name, "model": model, "k": k, "temp_bytes": found, "naive_temp_bytes": naive,
+    "ratio": naive / found, "bytes_per_step": (found - cases.temporaries(one)) / (k - 1),
+    "parameter_bytes": params,
+  }  # fmt: skip
+
+
+def draw(rows: list[dict], path: str) -> None:
+  """The figure of `growth`: milliseconds an iteration."""
+  table = pd.DataFrame(rows)
+  table["order"] = table["order"].map(lambda n: f"{cases.ORDERS[n]} order")
+  table["milliseconds"] = table["seconds"] * 1e3
+  plots.lines(table, "milliseconds", path, panels="against", x="value", lines="order")
+
+
+def in_mebibytes(row: dict) -> dict:
+  return {
+    key: f"{value / 2**20:.3g} MiB" if "bytes" in key and value is not None else value
+    for key, value in row.items()
+  }
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  warnings.filterwarnings("ignore", message="TF32 acceleration|Converting a tensor")  # of torch
   jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
   settings = ["aligned_b32"] if _QUICK.value else _SETTINGS.value
   steps = ["1"] if _QUICK.value else _STEPS.value
-  cases = [
+  also = [] if _QUICK.value else _ALSO.value
+  found = {"rows": [], "grid_ratio": None, "vmap3_cost": None}
+
+  def keep(shown=()):
+    if _JSON.value:
+      pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if shown:
+      table = tabulate.tabulate(map(in_mebibytes, shown), headers="keys", floatfmt=".3g")
+      print(table, flush=True)
+
+  todo = [
     (setting, model, int(order), int(k))
     for setting in settings
     for model in _MODELS.value
     for order in _ORDERS.value
     for k in steps
+    # a BERT takes all the time there: one system and one inner step show it
+    if setting != "bert" or (model == "self_mm" and k == steps[0])
   ]
-  rows = []
-  for case in tqdm.tqdm(cases, unit="case", dynamic_ncols=True):
-    rows += compare(*case)
-    if _JSON.value:
-      text = json.dumps({"rows": rows, "grid_ratio": None, "vmap3_cost": None}, indent=1)
-      pathlib.Path(_JSON.value).write_text(text, encoding="utf-8")
-  shown = [
-    {**row, "temp_bytes": f"{row['temp_bytes'] / 2**20:.0f} MiB",
-     "naive_temp_bytes": f"{row['naive_temp_bytes'] / 2**20:.0f} MiB"}
-    for row in rows
-  ]  # fmt: skip
-  print(tabulate.tabulate(shown, headers="keys", floatfmt=".3g"))
+  for case in tqdm.tqdm(todo, unit="case", dynamic_ncols=True):
+    found["rows"] += compare(*case)
+    keep()
+  keep(found["rows"])
+  plain = [name for name in settings if name in ("aligned_b32", "unaligned_b128")]
+  if "grid" in also:
+    found["grids"] = [compare_grids(name, model) for name in plain for model in _MODELS.value]
+    found["grid_ratio"] = min(row["ratio"] for row in found["grids"])
+    keep(found["grids"])
+  if "seeds" in also:
+    found["seeds"] = [
+      compare_seeds(plain[0], model, order, 1) for model in _MODELS.value for order in cases.ORDERS
+    ]
+    found["vmap3_cost"] = max(row["cost"] for row in found["seeds"])
+    keep(found["seeds"])
+  if "growth" in also:
+    found["growth"], found["memory"] = growth(), [compare_memory()]
+    keep(found["growth"])
+    keep(found["memory"])
+    if _FIGURE.value:
+      draw(found["growth"], _FIGURE.value)
   print(f"device: {jax.devices()[0].device_kind}; ratio = their time / ours")
 
 

@@ -1,12 +1,11 @@
 """The systems in PyTorch, by their published names, and M³S as people write it there.
 
-Text comes as precomputed states, so that the same weights serve both sides. Only the
-benchmarks use this module; it needs torch (extra "parity").
+Only the benchmarks use this module; it needs torch (extra "parity").
 """
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ def tensors(batch: types.Batch) -> dict[str, torch.Tensor]:
     m = getattr(batch, name)
     out[name] = torch.tensor(np.asarray(m.x))
     out[f"{name}_seen"] = torch.tensor(np.asarray(m.seen)).float()
+    out[f"{name}_valid"] = torch.tensor(np.asarray(m.valid))
     out[f"{name}_length"] = torch.tensor(np.asarray(m.valid.sum(1)))
   return out
 
@@ -75,6 +75,20 @@ class Recurrence(nn.LSTM):
     return torch.stack(outputs, 1), h
 
 
+class TokenStates(nn.Module):
+  """States of a BERT of base size, from token ids; a missing one is [UNK]."""
+
+  def __init__(self):
+    super().__init__()
+    import transformers
+
+    self.model = transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False)
+
+  def forward(self, inputs):
+    ids = torch.where(inputs["text_seen"] > 0, inputs["text"].long(), 100)
+    return self.model(ids, attention_mask=inputs["text_valid"].long()).last_hidden_state
+
+
 class Branch(nn.Module):
   """Self-MM's encoder of audio or vision."""
 
@@ -88,10 +102,11 @@ class Branch(nn.Module):
 
 
 class SelfMM(nn.Module):
-  """Self-MM behind its text encoder; the defaults are MMSA's for MOSI."""
+  """Self-MM; the defaults are MMSA's for MOSI. Text is states, or tokens for a BERT."""
 
-  def __init__(self, text, audio, vision):
+  def __init__(self, text, audio, vision, tokens=False):
     super().__init__()
+    self.text_model = TokenStates() if tokens else None
     self.audio_model, self.video_model = Branch(audio, 16, 16), Branch(vision, 32, 32)
     widths = {"fusion": text + 48, "text": text, "audio": 16, "video": 32}
     for name, hidden in (("fusion", 128), ("text", 32), ("audio", 16), ("video", 32)):
@@ -99,8 +114,9 @@ class SelfMM(nn.Module):
         setattr(self, f"post_{name}_layer_{n}", nn.Linear(*shape))
 
   def forward(self, inputs):
+    states = self.text_model(inputs) if self.text_model else observed(inputs, "text")
     vectors = {
-      "text": observed(inputs, "text")[:, 0],
+      "text": states[:, 0],
       "audio": self.audio_model(observed(inputs, "audio"), inputs["audio_length"]),
       "video": self.video_model(observed(inputs, "vision"), inputs["vision_length"]),
     }
@@ -116,10 +132,11 @@ class SelfMM(nn.Module):
 
 
 class Misa(nn.Module):
-  """MISA behind its text encoder, without dropout; lengths of the text pack all modalities."""
+  """MISA without dropout; lengths of the text pack all modalities."""
 
-  def __init__(self, text, audio, vision, hidden=128):
+  def __init__(self, text, audio, vision, tokens=False, hidden=128):
     super().__init__()
+    self.bertmodel = TokenStates() if tokens else None
     for m, d in (("v", vision), ("a", audio)):
       setattr(self, f"{m}rnn1", Recurrence(d, d, bidirectional=True))
       setattr(self, f"{m}rnn2", Recurrence(2 * d, d, bidirectional=True))
@@ -147,7 +164,8 @@ class Misa(nn.Module):
 
   def forward(self, inputs):
     length = inputs["text_length"]
-    text = observed(inputs, "text").sum(1) / length[:, None]
+    states = self.bertmodel(inputs) if self.bertmodel else observed(inputs, "text")
+    text = (states * inputs["text_valid"][:, :, None]).sum(1) / length[:, None]
     vectors = {"t": text}
     for m, name in (("v", "vision"), ("a", "audio")):
       h, first = getattr(self, f"{m}rnn1")(observed(inputs, name), length)
@@ -277,6 +295,36 @@ def higher_steps(module: nn.Module, order: int, k: int, rate: float) -> Callable
     return value, dict(zip((n for n, _ in module.named_parameters()), grads, strict=True))
 
   return step
+
+
+def make_grid(
+  module: nn.Module, inputs: Inputs, rates: Iterable[float], seeds: int, batch_size: int = 128
+) -> Callable[[], None]:
+  """The robustness evaluation as it is written there: loops over rates, seeds and batches.
+
+  As in the published code a pass computes the losses too.
+  """
+  for part in module.modules():
+    if isinstance(part, Recurrence):
+      part.by_hand = False
+  batches = [
+    {name: x[start : start + batch_size] for name, x in inputs.items()}
+    for start in range(0, len(inputs["label"]), batch_size)
+  ]
+
+  @torch.no_grad()
+  def run():
+    for rate in rates:
+      for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for batch in batches:
+          seen = {
+            f"{m}_seen": (torch.rand(batch[f"{m}_seen"].shape, generator=generator) >= rate).float()
+            for m in types.MODALITIES
+          }
+          module({**batch, **seen})
+
+  return run
 
 
 PEERS = {

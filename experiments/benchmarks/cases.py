@@ -1,0 +1,165 @@
+"""What is measured: settings, our compiled steps, and the same systems in PyTorch."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.benchmarks import peers
+from mmjax import masking, meta, models, recurrence, torch_import, types
+
+RATE = 1e-3
+ORDERS = {1: "first", 2: "second"}
+
+
+class Setting(NamedTuple):
+  """Shapes of the data.
+
+  Attributes:
+    shapes: (length, width) of text, audio and vision.
+    rows: B, of the support set and of the query set.
+    tokens: whether the text is token ids and a BERT of base size reads them.
+  """
+
+  shapes: tuple[tuple[int, int], ...]
+  rows: int
+  tokens: bool = False
+
+
+ALIGNED, UNALIGNED = ((50, 768), (50, 5), (50, 20)), ((50, 768), (375, 5), (500, 20))
+SETTINGS = {
+  "aligned_b32": Setting(ALIGNED, 32),
+  "aligned_b128": Setting(ALIGNED, 128),
+  "unaligned_b128": Setting(UNALIGNED, 128),
+  "bert": Setting(ALIGNED, 4, tokens=True),
+}
+MODELS = {
+  "misa": lambda **bert: models.MODELS["misa"](dropout=0.0, **bert),
+  "self_mm": lambda **bert: models.MODELS["self_mm"](head_dropout=(0.0, 0.0, 0.0, 0.0), **bert),
+}
+
+
+def make_batch(setting: Setting, rows: int, seed: int = 0) -> types.Batch:
+  """Rows of noise, of which half of the steps are missing."""
+  random = np.random.default_rng(seed)
+
+  def modality(length, width, tokens=False):
+    valid = np.arange(length) < random.integers(length // 2, length + 1, (rows, 1))
+    if tokens:
+      x = np.where(valid, random.integers(1000, 30000, (rows, length)), 0).astype(np.int32)
+      return types.Modality(x, valid, np.ones_like(valid), np.full(rows, 100, np.int32))
+    x = random.normal(size=(rows, length, width)).astype(np.float32) * valid[..., None]
+    return types.Modality(x, valid, np.ones((rows, length, 1), bool), np.zeros(rows, np.float32))
+
+  text, *others = setting.shapes
+  label = random.uniform(-3, 3, rows).astype(np.float32)
+  index, weight = np.arange(rows, dtype=np.int32), np.ones(rows, np.float32)
+  parts = modality(*text, setting.tokens), *(modality(*shape) for shape in others)
+  return masking.span(0.5)(jax.random.key(1), types.Batch(*parts, label, index, weight, {}))
+
+
+class Case(NamedTuple):
+  """A system with its data; masks are drawn already, both sides get the same.
+
+  Attributes:
+    system: the system.
+    loss: its loss without dropout.
+    args: (params, batch, key, extra) of a loss; the batch has 2B rows.
+  """
+
+  system: types.System
+  loss: types.LossFn
+  args: tuple[Any, ...]
+
+
+def prepare(model: str, setting: Setting) -> Case:
+  """Our side of a comparison."""
+  batch = make_batch(setting, 2 * setting.rows)
+  system = MODELS[model]()
+  text, *others = setting.shapes
+  spec = types.Spec(
+    types.ModalitySpec(*text, setting.tokens), *(types.ModalitySpec(*shape) for shape in others),
+    num_train=2 * setting.rows,
+  )  # fmt: skip
+  params, extra = jax.jit(lambda key: system.init(key, spec))(jax.random.key(0))
+  whole = system.phases[0].loss
+
+  def loss(params, batch, key, extra):  # MISA's Transformer has dropout that is no setting
+    return whole(params, batch, None, extra)
+
+  return Case(system, loss, (params, jax.tree.map(jnp.asarray, batch), jax.random.key(2), extra))
+
+
+def _keep(key, batch):
+  return batch
+
+
+def ours(case: Case, order: int, k: int):
+  """`(params, batch, key, extra) -> ((loss, aux), meta-gradients)`, as the configs set M³S."""
+  loss = meta.m3s(
+    case.loss, _keep, inner_steps=k, inner_optimizer=optax.sgd(RATE), order=ORDERS[order],
+    mode="mixed",
+  )  # fmt: skip
+  return jax.value_and_grad(loss, has_aux=True)
+
+
+def naive(case: Case, order: int, k: int):
+  """M³S as one would write it first: K steps unrolled, plain scans, nothing recomputed."""
+
+  def loss(params, batch, key, extra):
+    support, query = meta.split_support_query(batch)
+    adapted = params
+    for _ in range(k):
+      grads = jax.grad(lambda p: case.loss(p, support, key, extra)[0])(adapted)
+      adapted = jax.tree.map(lambda p, g: p - RATE * g, adapted, grads)
+    if order == 1:
+      adapted = jax.lax.stop_gradient(adapted)
+      adapted = jax.tree.map(lambda a, p: a + p - jax.lax.stop_gradient(p), adapted, params)
+    return case.loss(adapted, query, key, extra)
+
+  return jax.value_and_grad(loss, has_aux=True)
+
+
+def compile_timed(function, *args):
+  """The compiled function and the seconds that took."""
+  began = time.perf_counter()
+  compiled = jax.jit(function).lower(*args).compile()
+  return compiled, time.perf_counter() - began
+
+
+def temporaries(compiled) -> int:
+  """Bytes that a program needs beside its arguments and results."""
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def naive_temporaries(case: Case, order: int, k: int) -> int:
+  """`temporaries` of `naive`."""
+  with recurrence.plain():
+    return temporaries(jax.jit(naive(case, order, k)).lower(*case.args).compile())
+
+
+def make_module(model: str, setting: Setting, case: Case):
+  """The PyTorch module with our parameters in it."""
+  import torch
+
+  widths = [width for _, width in setting.shapes]
+  module = peers.MODELS[model](*widths, tokens=setting.tokens).eval()
+  shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+  state = torch_import.to_torch(case.args[0], shapes, case.system.torch_rules)
+  module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+  return module
+
+
+def check(system: types.System, mine, theirs, name: str) -> None:
+  """Raises unless losses and meta-gradients agree."""
+  (value, _), grads = mine
+  np.testing.assert_allclose(value, float(theirs[0]), rtol=1e-3)
+  found = {name: g.detach().numpy() for name, g in theirs[1].items() if g is not None}
+  named = torch_import.to_torch(grads, {n: g.shape for n, g in found.items()}, system.torch_rules)
+  for parameter, expected in found.items():
+    error = np.abs(named[parameter] - expected).max()
+    if error > 2e-2 * np.abs(expected).max() + 1e-6:
+      raise AssertionError(f"{name}: the meta-gradients of {parameter} differ by {error:.1e}.")
