@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
+import tqdm
 from absl import flags
 
 from experiments import jobs, robust_report
@@ -162,8 +163,10 @@ def main(binary: str, variants: Sequence[Variant], *, baseline: str | None = Non
     jobs.run(left, _PROCESSES.value)
     dataset = run_lib.load_data(plans[0].config, _DATA_DIR.value)
     results = robust_report.Results([], {}, {}, {})
-    for plan in plans:
-      _evaluate(plan, dataset, seeds, results)
+    bar = tqdm.tqdm(total=len(plans) * len(seeds), unit="run", desc="evaluated", dynamic_ncols=True)
+    with bar:
+      for plan in plans:
+        _evaluate(plan, dataset, seeds, results, bar)
   except ValueError as error:
     sys.exit(f"error: {error}")
   sha256 = data.read_card(_DATA_DIR.value, _DATASET.value)["sha256"]
@@ -197,7 +200,7 @@ def _conditions() -> list[evaluate.Condition]:
   return found
 
 
-def _evaluate(plan: _Plan, dataset: data.Dataset, seeds, results: robust_report.Results) -> None:
+def _evaluate(plan, dataset, seeds, results: robust_report.Results, bar: tqdm.tqdm) -> None:
   """Adds a variant's results; its whole grid is one compiled program."""
   name, conditions, mask_seeds = plan.variant.name, _conditions(), list(range(_MASK_SEEDS.value))
   mask_of = run_lib.make_mask_of(plan.config)
@@ -231,6 +234,7 @@ def _evaluate(plan: _Plan, dataset: data.Dataset, seeds, results: robust_report.
         results.rows.append({"model": name, **told, **found[None], **own})
     if seed == seeds[0]:
       _show(plan, selected[None], grid, represent, results)
+    bar.update()
 
 
 def _show(plan, best, grid, represent, results) -> None:
