@@ -137,3 +137,15 @@ def test_tables_and_curves(tmp_path):
     table, ["mae"], tmp_path / "deep" / "t.png", x="condition", x_label="rate", lines="method"
   )
   assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_have_a_panel_for_each_value(tmp_path):
+  table = pd.DataFrame(
+    {"against": ["K", "K", "B", "B"], "value": [1, 2, 8, 16], "ms": [1.0, 2.0, 3.0, 4.0],
+     "order": ["first", "second"] * 2}
+  )  # fmt: skip
+  path = plots.lines(
+    table, "ms", tmp_path / "growth.svg", panels="against", x="value", lines="order"
+  )
+  drawn = path.read_text()
+  assert all(f"<!-- {text} -->" in drawn for text in ("K", "B", "first", "second"))
