@@ -185,6 +185,7 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
   assert "seed" not in compare("--seeds=2").split("Curves")[0]  # nothing left to train
 
 
+@pytest.mark.slow
 def test_ablate_trains_variants_and_tabulates_their_differences(folder):
   out = folder / "ablated"
 

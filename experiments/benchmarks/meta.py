@@ -239,9 +239,12 @@ def main(argv):
   keep(found["rows"])
   plain = [name for name in settings if name in ("aligned_b32", "unaligned_b128")]
   if "grid" in also:
-    found["grids"] = [compare_grids(name, model) for name in plain for model in _MODELS.value]
-    found["grid_ratio"] = min(row["ratio"] for row in found["grids"])
-    keep(found["grids"])
+    found["grids"] = []
+    for name in plain:
+      for model in _MODELS.value:
+        found["grids"].append(compare_grids(name, model))
+        found["grid_ratio"] = min(row["ratio"] for row in found["grids"])
+        keep(found["grids"][-1:])
   if "seeds" in also:
     found["seeds"] = [
       compare_seeds(plain[0], model, order, 1) for model in _MODELS.value for order in cases.ORDERS
