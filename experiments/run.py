@@ -25,7 +25,7 @@ from mmjax import (
   stream,
   train,
   types,
-)  # fmt: skip
+)
 
 # The training methods and how the paper writes them.
 METHODS = {"orig": "ORIG", "spl": "SPL-TRN", "m3s": "M3S"}
@@ -227,7 +227,7 @@ def execute(
 
 
 def _test(run: Run, report: train.EpochReport) -> dict[str, float]:
-  return run.test(report.progress.state.params, report.progress.state.extra)
+  return run.test(*parallel.local((report.progress.state.params, report.progress.state.extra)))
 
 
 def execute_together(

@@ -38,7 +38,8 @@ class Dataset(NamedTuple):
   """A whole dataset in memory.
 
   Attributes:
-    train, valid, test: each split as one batch of N rows (numpy arrays).
+    train, valid, test: each split as one batch of N rows (numpy arrays); `train` is a
+      `stream.Stream` where it stays on disk.
     spec: its shapes and task.
     ids: the samples' names by split, in the order of the rows.
     name: the dataset's name.

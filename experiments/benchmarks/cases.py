@@ -37,8 +37,8 @@ SETTINGS = {
   "bert": Setting(ALIGNED, 4, tokens=True),
 }
 MODELS = {
-  "misa": lambda **bert: models.MODELS["misa"](dropout=0.0, **bert),
-  "self_mm": lambda **bert: models.MODELS["self_mm"](head_dropout=(0.0, 0.0, 0.0, 0.0), **bert),
+  "misa": lambda: models.MODELS["misa"](dropout=0.0),
+  "self_mm": lambda: models.MODELS["self_mm"](head_dropout=(0.0, 0.0, 0.0, 0.0)),
 }
 
 
