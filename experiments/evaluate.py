@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags
 
-from experiments import report
+from experiments import jobs, report
 from experiments import run as run_lib
 from mmjax import evaluate
 
@@ -28,6 +28,7 @@ _OUT = flags.DEFINE_string("out", None, "Output folder; WORKDIR/robustness by de
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  jobs.evaluate_on_all_cores()
   try:
     conditions = evaluate.parse_rates(_RATES.value)
     conditions += [evaluate.missing_condition(letters) for letters in _MISSING.value]

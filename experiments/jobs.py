@@ -1,4 +1,4 @@
-"""Many trainings, one process per core; shared by the binaries that compare."""
+"""The cores of a machine: one training each, or all for one evaluation."""
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from concurrent import futures
 from typing import NamedTuple
+
+import jax
 
 
 class Job(NamedTuple):
@@ -26,6 +28,21 @@ class Job(NamedTuple):
   seed: int
 
 
+def _cores() -> list[int]:
+  """The cores that this process may use; none where the system does not say."""
+  return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def evaluate_on_all_cores() -> None:
+  """Makes each core of a CPU a device: `evaluate.make_grid` shares its cells over devices.
+
+  To be called before anything runs. Not for trainings, whose steps are too small to be shared.
+  """
+  if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    cores = len(_cores()) or os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
+
+
 def run(jobs: Sequence[Job], processes: int) -> None:
   """Trains each job in its folder, on a core of its own where there are several processes.
 
@@ -36,7 +53,7 @@ def run(jobs: Sequence[Job], processes: int) -> None:
   Raises:
     RuntimeError: with the command and its output, if one fails. The others are finished first.
   """
-  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  cores = _cores()
   free = list(range(processes))
 
   def train(job):

@@ -6,14 +6,16 @@ size, nor the order, nor the other conditions of a grid change a result, and eve
 sees the same missing data.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from mmjax import data, masking, metrics, types
+from mmjax import data, masking, metrics, parallel, types
 
 # Letters of missing sets, as in the tables of the field: l(anguage), a(udio), v(ision).
 LETTERS = {"l": 0, "a": 1, "v": 2}
@@ -72,6 +74,8 @@ def make_grid(
 ) -> Callable[..., types.Array]:
   """Compiles the predictions of one split under any number of conditions and mask seeds.
 
+  The cells of the grid are shared out over this process's devices.
+
   Args:
     system: the model.
     split: the split, N rows.
@@ -86,32 +90,43 @@ def make_grid(
   rows = split.index.shape[0]
   batch_size = min(batch_size, rows)
   padded = data.pad_rows(split, batch_size)
-  batches = jax.tree.map(
-    lambda a: jnp.asarray(a).reshape(-1, batch_size, *a.shape[1:]), padded
-  )
+  batches = jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), padded)
+  held = functools.cache(lambda mesh: jax.device_put(batches, parallel.replicated(mesh)))
 
-  @jax.jit
-  def predict(params, extra, batches, rates, seeds):
-    def one(cell):
-      rate, seed = cell
-      key = jax.random.key(seed)
-      # the condition's content, not its place in the grid, picks the masks
-      for milli in jnp.round(rate.ravel() * 1000).astype(jnp.uint32):
-        key = jax.random.fold_in(key, milli)
-      mask = mask_of(rate)
+  @functools.partial(jax.jit, static_argnums=0)
+  def predict(mesh, params, extra, batches, rates, seeds):
+    count = rates.shape[0] * seeds.shape[0]
+    cell = jnp.arange(count + -count % mesh.size) % count  # as many for each device
+    cells = (rates[cell // seeds.shape[0]], seeds[cell % seeds.shape[0]])
 
-      def predict_batch(batch):
-        return system.predict(params, masking.erase(mask(key, batch)), extra)[output]
+    def some(cells, params, extra, batches):
+      def one(cell):
+        rate, seed = cell
+        key = jax.random.key(seed)
+        # the condition's content, not its place in the grid, picks the masks
+        for milli in jnp.round(rate.ravel() * 1000).astype(jnp.uint32):
+          key = jax.random.fold_in(key, milli)
+        mask = mask_of(rate)
 
-      return jax.lax.map(predict_batch, batches)
+        def predict_batch(batch):
+          return system.predict(params, masking.erase(mask(key, batch)), extra)[output]
 
-    cells = (jnp.repeat(rates, seeds.shape[0], axis=0), jnp.tile(seeds, rates.shape[0]))
-    found = jax.lax.map(one, cells)  # [C * S, batches, batch, ...]
-    found = found.reshape(rates.shape[0], seeds.shape[0], -1, *found.shape[3:])
+        return jax.lax.map(predict_batch, batches)
+
+      return jax.lax.map(one, cells)  # [cells, batches, batch, ...]
+
+    own, all_ = PartitionSpec(parallel.AXIS), PartitionSpec()
+    found = jax.shard_map(
+      some, mesh=mesh, in_specs=(own, all_, all_, all_), out_specs=own, check_vma=False
+    )(cells, params, extra, batches)
+    found = found[:count].reshape(rates.shape[0], seeds.shape[0], -1, *found.shape[3:])
     return found[:, :, :rows]
 
   def grid(params, extra, rates, seeds):
-    return predict(params, extra, batches, jnp.asarray(rates), jnp.asarray(seeds, jnp.uint32))
+    rates, seeds = np.asarray(rates, np.float32), np.asarray(seeds, np.uint32)
+    mesh = parallel.local_mesh(rates.shape[0] * seeds.shape[0])
+    given = jax.device_put((params, extra), parallel.replicated(mesh))
+    return predict(mesh, *given, held(mesh), rates, seeds)
 
   return grid
 

@@ -36,6 +36,11 @@ def make_mesh(batch_size: int) -> Mesh | None:
   return Mesh(np.array(devices), (AXIS,))
 
 
+def local_mesh(shares: int) -> Mesh:
+  """A mesh of this process's devices, no more than there are shares."""
+  return Mesh(np.array(jax.local_devices()[:shares]), (AXIS,))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of what every device holds."""
   return NamedSharding(mesh, PartitionSpec())

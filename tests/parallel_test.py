@@ -65,6 +65,7 @@ def test_eight_devices_learn_what_one_does(alone, tmp_path):
   (found,) = finish(tmp_path, start(tmp_path, devices=8))
   assert found["devices"] == 8 and found["sums_over_devices"]
   assert_same(found, alone)
+  np.testing.assert_allclose(found["grid"], parallel_worker.predictions(), rtol=1e-6)
 
 
 @pytest.mark.slow

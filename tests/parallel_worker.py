@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import toy
-from mmjax import checkpoint, masking, meta, optim, parallel, stream, train
+from mmjax import checkpoint, evaluate, masking, meta, optim, parallel, stream, train
 
 
 def recipe(mesh) -> train.Recipe:
@@ -62,8 +62,17 @@ def main(out, hosts="", data_dir=""):
     steps.close()
   params = jax.tree.map(lambda a: np.asarray(a).tolist(), reports[-1].progress.state.params)
   found = {"params": params, "train": [r.train for r in reports], "devices": jax.device_count(),
-           "seen": seen, "sums_over_devices": sums_over_devices(mesh)}  # fmt: skip
+           "seen": seen, "sums_over_devices": sums_over_devices(mesh),
+           "grid": predictions().tolist()}  # fmt: skip
   (out / f"{jax.process_index()}.json").write_text(json.dumps(found))
+
+
+def predictions() -> np.ndarray:
+  """Nine cells of a grid, which no number of devices but three and nine divides."""
+  grid = evaluate.make_grid(toy.make_system(), toy.make_batch(10), batch_size=4)
+  params, extra = toy.init(jax.random.key(0), toy.SPEC)
+  rates = np.stack([c.rates for c in evaluate.parse_rates("0,0.3,0.6")])
+  return np.asarray(grid(params, extra, rates, [0, 1, 2]))
 
 
 def sums_over_devices(mesh) -> bool:
