@@ -38,7 +38,8 @@ def evaluate_on_all_cores() -> None:
 
   To be called before anything runs. Not for trainings, whose steps are too small to be shared.
   """
-  if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  flags = os.environ.get("XLA_FLAGS", "")
+  if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in flags:
     cores = len(_cores()) or os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
 

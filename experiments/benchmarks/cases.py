@@ -146,7 +146,7 @@ def make_module(model: str, setting: Setting, case: Case):
   import torch
 
   widths = [width for _, width in setting.shapes]
-  module = peers.MODELS[model](*widths, tokens=setting.tokens).eval()
+  module = peers.MODELS[model](*widths, tokens=setting.tokens).eval().to(peers.DEVICE)
   shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
   state = torch_import.to_torch(case.args[0], shapes, case.system.torch_rules)
   module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
@@ -157,7 +157,7 @@ def check(system: types.System, mine, theirs, name: str) -> None:
   """Raises unless losses and meta-gradients agree."""
   (value, _), grads = mine
   np.testing.assert_allclose(value, float(theirs[0]), rtol=1e-3)
-  found = {name: g.detach().numpy() for name, g in theirs[1].items() if g is not None}
+  found = {name: g.detach().cpu().numpy() for name, g in theirs[1].items() if g is not None}
   named = torch_import.to_torch(grads, {n: g.shape for n, g in found.items()}, system.torch_rules)
   for parameter, expected in found.items():
     error = np.abs(named[parameter] - expected).max()

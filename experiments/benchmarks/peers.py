@@ -15,10 +15,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from mmjax import types
 
 Inputs = Mapping[str, torch.Tensor]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tensors(batch: types.Batch) -> dict[str, torch.Tensor]:
-  """What the modules below read of a batch."""
+  """What the modules below read of a batch, on the device."""
   import numpy as np
 
   out = {"label": torch.tensor(np.asarray(batch.label))}
@@ -28,7 +29,13 @@ def tensors(batch: types.Batch) -> dict[str, torch.Tensor]:
     out[f"{name}_seen"] = torch.tensor(np.asarray(m.seen)).float()
     out[f"{name}_valid"] = torch.tensor(np.asarray(m.valid))
     out[f"{name}_length"] = torch.tensor(np.asarray(m.valid.sum(1)))
-  return out
+  return {name: value.to(DEVICE) for name, value in out.items()}
+
+
+def wait() -> None:
+  """Until the device has done what it was asked for."""
+  if DEVICE.type == "cuda":
+    torch.cuda.synchronize()
 
 
 def observed(inputs: Inputs, name: str) -> torch.Tensor:
@@ -316,13 +323,16 @@ def make_grid(
   def run():
     for rate in rates:
       for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
         for batch in batches:
-          seen = {
-            f"{m}_seen": (torch.rand(batch[f"{m}_seen"].shape, generator=generator) >= rate).float()
+          draws = {
+            f"{m}_seen": torch.rand(
+              batch[f"{m}_seen"].shape, generator=generator, device=DEVICE
+            )
             for m in types.MODALITIES
           }
-          module({**batch, **seen})
+          module({**batch, **{name: (u >= rate).float() for name, u in draws.items()}})
+    wait()
 
   return run
 
@@ -341,10 +351,14 @@ def make_step(peer: str, module: nn.Module, order: int, k: int, rate: float) -> 
   step = PEERS[peer](module, order, k, rate)
 
   def run(support, query):
-    # oneDNN's LSTM and fused attention are faster, but have no second derivative
-    backend = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()
-    with torch.backends.mkldnn.flags(enabled=order == 1), backend:
-      return step(support, query)
+    # the LSTMs of oneDNN and cuDNN and fused attention are faster, but have no second derivative
+    first = order == 1
+    attention = contextlib.nullcontext() if first else sdpa_kernel(SDPBackend.MATH)
+    backends = torch.backends
+    with backends.mkldnn.flags(enabled=first), backends.cudnn.flags(enabled=first), attention:
+      found = step(support, query)
+    wait()
+    return found
 
   return run
 
