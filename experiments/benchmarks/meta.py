@@ -63,8 +63,8 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
   setting = cases.SETTINGS[name]
   case = cases.prepare(model, setting)
   step, took = cases.compile_timed(cases.ours(case, order, k), *case.args)
-  told = _NAIVE.value and not _QUICK.value
-  naive_bytes = cases.naive_temporaries(case, order, k) if told else None
+  naive = _NAIVE.value and not _QUICK.value
+  naive_bytes = cases.naive_temporaries(case, order, k) if naive else None
   module = cases.make_module(model, setting, case)
   support, query = (
     peers.tensors(jax.tree.map(np.asarray, part))
@@ -75,11 +75,11 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
     return jax.block_until_ready(step(*case.args))
 
   rows = []
+  # an LSTM by hand keeps each of 500 steps: second order, K = 3, did not end in 24 GB
+  by_hand = not _QUICK.value and max(length for length, _ in setting.shapes) <= 100
   for peer in peers.available(order):
-    if peer in peers.BY_HAND and _QUICK.value:
+    if peer in peers.BY_HAND and not by_hand:
       continue
-    if peer in peers.BY_HAND and max(length for length, _ in setting.shapes) > 100:
-      continue  # an LSTM by hand keeps each of 500 steps: second order, K = 3, did not end in 24 GB
     theirs = peers.make_step(peer, module, order, k, cases.RATE)
 
     def run_theirs(theirs=theirs):
