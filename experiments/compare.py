@@ -121,7 +121,7 @@ def evaluate_all(keys: Sequence[tuple[str, str, int]], dataset) -> tuple[list[di
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  jobs.evaluate_on_all_cores()
+  jobs.cores_as_devices()
   try:
     keys = list(itertools.product(_MISSING_RATE.value, _METHODS.value, range(_SEEDS.value)))
     left = [key for key in keys if not open_folder(*key).is_done]

@@ -28,7 +28,7 @@ _OUT = flags.DEFINE_string("out", None, "Output folder; WORKDIR/robustness by de
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  jobs.evaluate_on_all_cores()
+  jobs.cores_as_devices()
   try:
     conditions = evaluate.parse_rates(_RATES.value)
     conditions += [evaluate.missing_condition(letters) for letters in _MISSING.value]

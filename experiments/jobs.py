@@ -33,10 +33,11 @@ def _cores() -> list[int]:
   return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def evaluate_on_all_cores() -> None:
-  """Makes each core of a CPU a device: `evaluate.make_grid` shares its cells over devices.
+def cores_as_devices() -> None:
+  """Makes each core of a CPU a device: a robustness grid shares its cells over devices.
 
-  To be called before anything runs. Not for trainings, whose steps are too small to be shared.
+  To be called before anything runs. Not for trainings: their batches must be divisible by the
+  number of devices, and several of them share the cores already (`run`).
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in flags:

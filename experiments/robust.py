@@ -155,7 +155,7 @@ def main(binary: str, variants: Sequence[Variant], *, baseline: str | None = Non
     variants: the tables' lines.
     baseline: the variant that the others are compared with, if any.
   """
-  jobs.evaluate_on_all_cores()
+  jobs.cores_as_devices()
   seeds = [int(seed) for seed in _SEEDS.value]
   try:
     _check_set({variant.model for variant in variants})

@@ -37,7 +37,8 @@ class Dense(nn.Module):
   def __call__(self, x: Array) -> Array:
     bound = 1 / math.sqrt(x.shape[-1])
     kernel = self.param("kernel", uniform(bound), (x.shape[-1], self.features))
-    y = x @ kernel
+    # in rows: the kernel's gradient then needs no transposed copy of x (XLA on a CPU)
+    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       y = y + self.param("bias", uniform(bound), (self.features,))
     return y
@@ -338,8 +339,8 @@ reverse_gradient.defvjp(_reverse_forward, _reverse_backward)
 
 def mean_over_steps(x: Array, valid: Array) -> Array:
   """[B, L, D] -> [B, D]: the sum of the valid steps over their number (0 if there is none)."""
-  weight = valid.astype(x.dtype)[..., None]
-  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+  weight = valid.astype(x.dtype)
+  return jnp.einsum("bl,bld->bd", weight, x) / jnp.maximum(weight.sum(1, keepdims=True), 1)
 
 
 POOLINGS = ("first", "mean")

@@ -100,8 +100,9 @@ def split_support_query(batch: types.Batch) -> tuple[types.Batch, types.Batch]:
       f"m3s needs as many support as query rows, but the batch has {rows} rows: draw 2B rows"
       " a step, the first half for the inner loop and the second for the outer loss."
     )
-  half = rows // 2
-  return jax.tree.map(lambda a: a[:half], batch), jax.tree.map(lambda a: a[half:], batch)
+  # not a[:B] and a[B:]: where devices share the rows, those would be cut from both halves' shares
+  pairs = jax.tree.map(lambda a: a.reshape(2, rows // 2, *a.shape[1:]), batch)
+  return jax.tree.map(lambda a: a[0], pairs), jax.tree.map(lambda a: a[1], pairs)
 
 
 def adapt(

@@ -5,7 +5,10 @@ the order of sums), statistics over the batch included. Several hosts run the sa
 on its own devices; see `jax.distributed`.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
+
+_MESH = contextvars.ContextVar("mmjax_mesh", default=None)
 
 
 def make_mesh(batch_size: int) -> Mesh | None:
@@ -80,6 +85,42 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
     return tree
   return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+@contextlib.contextmanager
+def sharing(mesh: Mesh | None):
+  """What is traced inside runs the functions of `by_rows` on each device's own rows."""
+  token = _MESH.set(mesh)
+  try:
+    yield
+  finally:
+    _MESH.reset(token)
+
+
+def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Callable:
+  """The function on each device's own rows, under `sharing`; elsewhere the function itself.
+
+  For loops: the compiler would add up a loop's gradients over the devices at each of its steps.
+
+  Args:
+    function: of arrays or trees of them; its rows must not depend on one another.
+    in_axes: of each argument, the axis of the rows, or None where it has none.
+    out_axes: likewise of each result.
+    rows: B; the function stays as it is unless the number of devices divides it.
+
+  Returns:
+    The function, whose gradients for arguments without rows are sums over the devices.
+  """
+  mesh = _MESH.get()
+  if mesh is None or rows % mesh.size:
+    return function
+
+  def place(axis):
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+
+  specs = [jax.tree.map(place, axes, is_leaf=lambda a: a is None) for axes in (in_axes, out_axes)]
+  # the loops begin with zeros, which do not differ between devices: no check of what does
+  return jax.shard_map(function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
 def assemble(tree: Any, mesh: Mesh | None) -> Any:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import types
+from mmjax import parallel, types
 
 Array = types.Array
 Weights = tuple[Array, Array, Array]
@@ -62,7 +62,7 @@ def lstm(
 def bilstm(
   x: Array, valid: Array, forward: Weights, backward: Weights
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-  """Runs an LSTM in each direction, side by side: one loop over wide matrices, not two.
+  """Runs an LSTM in each direction, side by side: one loop of batched products, not two loops.
 
   Args:
     x: [L, B, D], the steps first.
@@ -75,32 +75,26 @@ def bilstm(
   if _PLAIN.get():
     found = lstm(x, valid, *forward), lstm(x, valid, *backward, reverse=True)
     return tuple(zip(*found, strict=True))
-  hidden = forward[1].shape[0]
   # the backward sequence begins with padding, which keeps the state at zero
-  both = jnp.concatenate([x, x[::-1]], -1)
-  seen = jnp.stack([valid, valid[::-1]], -1)
-  weights = tuple(_beside(*pair) for pair in zip(forward, backward, strict=True))
-  states, final = _run(both, jnp.repeat(seen, hidden, -1), weights, False)
-  states = states[:, :, :hidden], states[::-1, :, hidden:]
-  outputs = tuple(jnp.where(valid[:, :, None], s, 0) for s in states)
-  return outputs, (final[:, :hidden], final[:, hidden:])
-
-
-def _beside(one: Array, other: Array) -> Array:
-  """Block-diagonal weights [D₁ + D₂, 4 (H₁ + H₂)], gate by gate; biases side by side."""
-  gates = [w.reshape(*w.shape[:-1], 4, -1) for w in (one, other)]
-  if one.ndim == 1:
-    return jnp.concatenate(gates, -1).reshape(-1)
-  (rows, _, width), (more, _, wider) = (w.shape for w in gates)
-  upper = jnp.pad(gates[0], ((0, more), (0, 0), (0, wider)))
-  lower = jnp.pad(gates[1], ((rows, 0), (0, 0), (width, 0)))
-  return (upper + lower).reshape(rows + more, -1)
+  both, seen = (jnp.stack([a, a[::-1]], 1) for a in (x, valid[:, :, None]))
+  weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
+  states, final = _run(both, seen, weights, False)
+  outputs = states[:, 0], states[::-1, 1]
+  return tuple(jnp.where(valid[:, :, None], s, 0) for s in outputs), tuple(final)
 
 
 def _run(x, valid, weights, reverse):
-  """h [L, B, H] after each step, and the final h; valid broadcasts against [L, B, H]."""
+  """h after each step and the final h.
+
+  Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
+  weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
+  """
+  w_ih, w_hh, bias = weights
+  # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
+  # code of gates that are sliced out of a large array (three times as slow on a CPU)
+  w = jnp.concatenate([w_ih, w_hh], -2)
   if _PLAIN.get():
-    (final, _), (states, _) = _scan(_start(x, weights[1]), x, valid, weights, reverse)
+    (final, _), (states, _) = _scan(_start(x, w), x, valid, w, bias, reverse)
     return states, final
   steps = x.shape[0]
   size = _chunk_size(steps)
@@ -109,7 +103,14 @@ def _run(x, valid, weights, reverse):
     jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:])
     for a in (x, valid)
   ]
-  states, final = _chunked(*chunked, weights, reverse)
+  rows = x.ndim - 2
+  chunks = parallel.by_rows(
+    lambda *args: _chunked(*args, reverse),
+    in_axes=(rows + 1, rows + 1, None, None),
+    out_axes=(rows + 1, rows - 1),
+    rows=x.shape[rows],
+  )
+  states, final = chunks(*chunked, w, bias)
   return states.reshape(-1, *states.shape[2:])[:steps], final
 
 
@@ -119,31 +120,29 @@ def _chunk_size(steps: int) -> int:
   return -(-steps // chunks)
 
 
-def _start(x, w_hh):
-  zero = jnp.zeros((x.shape[-2], w_hh.shape[0]), jnp.result_type(x, w_hh))
+def _start(x, w):
+  zero = jnp.zeros((*x.shape[-w.ndim : -1], w.shape[-1] // 4), jnp.result_type(x, w))
   return zero, zero
 
 
-def _activate(gates):
-  """σ, σ, tanh, σ of the gates [..., 4H], as one tanh over all: σ(x) = (1 + tanh(x / 2)) / 2.
+def _gates(x, h, w, bias):
+  """σ, σ, tanh, σ of x [..., B, D] and h [..., B, H], as one tanh: σ(x) = (1 + tanh(x / 2)) / 2.
 
   Four functions of four slices vectorize badly on a CPU where H is small.
   """
+  gates = jnp.concatenate([x, h], -1) @ w + bias[..., None, :]
   half = np.array([[0.5], [0.5], [1.0], [0.5]], gates.dtype)
   scale = np.repeat(half, gates.shape[-1] // 4, 1).ravel()
   return jnp.split(jnp.tanh(gates * scale) * scale + (1 - scale), 4, axis=-1)
 
 
-def _scan(carry, x, valid, weights, reverse):
-  """(h, c), x [T, B, D] -> the last (h, c), and [T, B, H] (h, c) after each step."""
-  w_ih, w_hh, bias = weights
+def _scan(carry, x, valid, w, bias, reverse):
+  """(h, c), x [T, (G,) B, D] -> the last (h, c), and (h, c) after each step."""
 
   def step(carry, inputs):
     h, c = carry
     x, valid = inputs
-    # x @ w_ih in here, not for all steps at once: XLA makes slow code of gates that are sliced
-    # out of a large array (three times as slow on a CPU)
-    i, f, g, o = _activate(x @ w_ih + h @ w_hh + bias)
+    i, f, g, o = _gates(x, h, w, bias)
     c_next = f * c + i * g
     h_next = o * jnp.tanh(c_next)
     carry = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
@@ -152,27 +151,27 @@ def _scan(carry, x, valid, weights, reverse):
   return jax.lax.scan(step, carry, (x, valid), reverse=reverse)
 
 
-def _forward(x, valid, weights, reverse):
-  """x [N, T, B, D] -> (h, c) after each step, [N, T, B, H], and the final (h, c)."""
+def _forward(x, valid, w, bias, reverse):
+  """x [N, T, (G,) B, D] -> (h, c) after each step, [N, T, (G,) B, H], and the final (h, c)."""
 
   @jax.checkpoint
   def chunk(carry, inputs):
-    return _scan(carry, *inputs, weights, reverse)
+    return _scan(carry, *inputs, w, bias, reverse)
 
-  final, states = jax.lax.scan(chunk, _start(x, weights[1]), (x, valid), reverse=reverse)
+  final, states = jax.lax.scan(chunk, _start(x, w), (x, valid), reverse=reverse)
   return states, final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(x, valid, weights, reverse):
-  """x [N, T, B, D], valid [N, T, B, H or 1] -> h [N, T, B, H] after each step, final h [B, H]."""
-  (h, _), (final, _) = _forward(x, valid, weights, reverse)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(x, valid, w, bias, reverse):
+  """x [N, T, (G,) B, D] in chunks of T steps -> h after each step, and the final h."""
+  (h, _), (final, _) = _forward(x, valid, w, bias, reverse)
   return h, final
 
 
-def _chunked_fwd(x, valid, weights, reverse):
-  (h, c), (final, _) = _forward(x, valid, weights, reverse)
-  return (h, final), (x, valid, weights, h, c)
+def _chunked_fwd(x, valid, w, bias, reverse):
+  (h, c), (final, _) = _forward(x, valid, w, bias, reverse)
+  return (h, final), (x, valid, w, bias, h, c)
 
 
 def _before(states, reverse):
@@ -183,15 +182,22 @@ def _before(states, reverse):
   return jnp.concatenate(moved).reshape(states.shape)
 
 
+def _outer(x, d):
+  """[T, (G,) B, K], [T, (G,) B, M] -> [(G,) K, M], without a transposed copy."""
+  if x.ndim == 4:
+    return jnp.stack([_outer(x[:, g], d[:, g]) for g in range(x.shape[1])])
+  return x.reshape(-1, x.shape[-1]).T @ d.reshape(-1, d.shape[-1])
+
+
 def _chunked_bwd(reverse, kept, cotangents):
-  x, valid, weights, h, c = kept
-  w_ih, w_hh, bias = weights
+  x, valid, w, bias, h, c = kept
   d_states, d_final = cotangents
+  back_to_x, back_to_h = jnp.split(w.mT, [x.shape[-1]], axis=-1)
 
   @jax.checkpoint
   def chunk(carry, inputs):
     x, valid, h, c, d_states = inputs  # h, c: before each step
-    i, f, g, o = _activate(x @ w_ih + h @ w_hh + bias)
+    i, f, g, o = _gates(x, h, w, bias)
     tanh_c = jnp.tanh(f * c + i * g)
     factors = (  # an array each: slices of a common one would make slow code
       g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o),
@@ -205,24 +211,20 @@ def _chunked_bwd(reverse, kept, cotangents):
       d_h = d_h + d_state
       d_c = d_c + d_h * c_by_h
       d_gates = jnp.concatenate([d_c * i_by_c, d_c * f_by_c, d_c * g_by_c, d_h * o_by_h], -1)
-      return (d_gates @ w_hh.T + d_h * h_by_h, d_c * c_by_c), d_gates
+      return (d_gates @ back_to_h + d_h * h_by_h, d_c * c_by_c), d_gates
 
     state, d_weights = carry
     kept = (jnp.where(valid, f, 1), jnp.where(valid, 0, jnp.ones_like(f)))
     state, d_gates = jax.lax.scan(step, state, (d_states, *factors, *kept), reverse=not reverse)
-    flat = d_gates.reshape(-1, d_gates.shape[-1])
-    now = (
-      x.reshape(-1, x.shape[-1]).T @ flat,
-      h.reshape(-1, h.shape[-1]).T @ flat,
-      flat.sum(0),
-    )
-    return (state, jax.tree.map(jnp.add, d_weights, now)), d_gates @ w_ih.T
+    inputs = jnp.concatenate([x, h], -1)
+    now = _outer(inputs, d_gates), d_gates.sum((0, -2))
+    return (state, jax.tree.map(jnp.add, d_weights, now)), d_gates @ back_to_x
 
-  zeros = jax.tree.map(jnp.zeros_like, weights)
+  zeros = jax.tree.map(jnp.zeros_like, (w, bias))
   start = ((d_final, jnp.zeros_like(d_final)), zeros)
   inputs = (x, valid, _before(h, reverse), _before(c, reverse), d_states)
-  (_, d_weights), d_x = jax.lax.scan(chunk, start, inputs, reverse=not reverse)
-  return d_x, None, d_weights
+  (_, (d_w, d_bias)), d_x = jax.lax.scan(chunk, start, inputs, reverse=not reverse)
+  return d_x, None, d_w, d_bias
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -131,7 +131,8 @@ def make_step(
 
     def loss(trained, batch, key, extra):
       batch = parallel.spread(batch, recipe.mesh)
-      return phase.loss(optim.merge(trained, constant), batch, key, extra)
+      with parallel.sharing(recipe.mesh):
+        return phase.loss(optim.merge(trained, constant), batch, key, extra)
 
     method = recipe.method(jax.random.fold_in(key, METHOD))
     gradient = jax.value_and_grad(method(loss), has_aux=True)

@@ -66,6 +66,11 @@ def test_eight_devices_learn_what_one_does(alone, tmp_path):
   assert found["devices"] == 8 and found["sums_over_devices"]
   assert_same(found, alone)
   np.testing.assert_allclose(found["grid"], parallel_worker.predictions(), rtol=1e-6)
+  both = found["lstm"], parallel_worker.lstm(None)
+  lstms = [jax.tree.leaves(lstm["gradients"]) for lstm in both]
+  for ours, theirs in zip(*lstms, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+  assert not found["lstm"]["waits"]
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import toy
-from mmjax import checkpoint, evaluate, masking, meta, optim, parallel, stream, train
+from mmjax import checkpoint, evaluate, masking, meta, optim, parallel, recurrence, stream, train
 
 
 def recipe(mesh) -> train.Recipe:
@@ -63,7 +64,7 @@ def main(out, hosts="", data_dir=""):
   params = jax.tree.map(lambda a: np.asarray(a).tolist(), reports[-1].progress.state.params)
   found = {"params": params, "train": [r.train for r in reports], "devices": jax.device_count(),
            "seen": seen, "sums_over_devices": sums_over_devices(mesh),
-           "grid": predictions().tolist()}  # fmt: skip
+           "grid": predictions().tolist(), "lstm": lstm(mesh)}  # fmt: skip
   (out / f"{jax.process_index()}.json").write_text(json.dumps(found))
 
 
@@ -73,6 +74,35 @@ def predictions() -> np.ndarray:
   params, extra = toy.init(jax.random.key(0), toy.SPEC)
   rates = np.stack([c.rates for c in evaluate.parse_rates("0,0.3,0.6")])
   return np.asarray(grid(params, extra, rates, [0, 1, 2]))
+
+
+def lstm(mesh) -> dict:
+  """Gradients and second derivatives of a BiLSTM, and whether its loops wait for other devices."""
+  random = np.random.default_rng(0)
+  x, valid = random.normal(size=(8, 5, 2)), np.arange(5) < random.integers(1, 6, (8, 1))
+  weights = [
+    tuple(random.normal(size=shape).astype(np.float32) for shape in ((2, 12), (3, 12), (12,)))
+    for _ in range(2)
+  ]
+
+  def loss(weights, x, valid):
+    x, valid = parallel.spread((x, valid), mesh)
+    with parallel.sharing(mesh):
+      outputs, finals = recurrence.bilstm(x.swapaxes(0, 1), valid.T, *weights)
+    return sum(jnp.sum(a**2) for a in (*outputs, *finals))
+
+  def all_of(weights, x, valid):
+    gradient = functools.partial(jax.grad(loss), x=x, valid=valid)
+    of_gradient = lambda w: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(w)))  # noqa: E731
+    forward_over_reverse = jax.jvp(gradient, (weights,), (weights,))[1]
+    return gradient(weights), forward_over_reverse, jax.grad(of_gradient)(weights)
+
+  args = parallel.replicate((weights, x.astype(np.float32), valid), mesh)
+  placed = {} if mesh is None else {"out_shardings": parallel.replicated(mesh)}
+  program = jax.jit(all_of, **placed).lower(*args).compile()
+  found = jax.tree.map(lambda a: np.asarray(a).tolist(), parallel.local(program(*args)))
+  loops = [part for part in program.as_text().split("\n\n") if "ENTRY" not in part]
+  return {"gradients": found, "waits": any(" all-reduce(" in part for part in loops)}
 
 
 def sums_over_devices(mesh) -> bool:

@@ -1,6 +1,8 @@
 """What is measured: settings, our compiled steps, and the same systems in PyTorch."""
 
+import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 
 from experiments.benchmarks import peers
-from mmjax import masking, meta, models, recurrence, torch_import, types
+from mmjax import masking, meta, models, parallel, recurrence, torch_import, types
 
 RATE = 1e-3
 ORDERS = {1: "first", 2: "second"}
@@ -97,10 +99,15 @@ def _keep(key, batch):
   return batch
 
 
-def ours(case: Case, order: int, k: int):
+def ours(case: Case, order: int, k: int, mesh: jax.sharding.Mesh | None = None):
   """`(params, batch, key, extra) -> ((loss, aux), meta-gradients)`, as the configs set M³S."""
+
+  def share(params, batch, key, extra):
+    with parallel.sharing(mesh):
+      return case.loss(params, parallel.spread(batch, mesh), key, extra)
+
   loss = meta.m3s(
-    case.loss, _keep, inner_steps=k, inner_optimizer=optax.sgd(RATE), order=ORDERS[order],
+    share, _keep, inner_steps=k, inner_optimizer=optax.sgd(RATE), order=ORDERS[order],
     mode="mixed",
   )  # fmt: skip
   return jax.value_and_grad(loss, has_aux=True)
@@ -123,15 +130,42 @@ def naive(case: Case, order: int, k: int):
   return jax.value_and_grad(loss, has_aux=True)
 
 
-def compile_timed(function, *args):
+def compile_timed(function, *args, **options):
   """The compiled function and the seconds that took."""
   began = time.perf_counter()
-  compiled = jax.jit(function).lower(*args).compile()
+  compiled = jax.jit(function, **options).lower(*args).compile()
   return compiled, time.perf_counter() - began
 
 
+class Step(NamedTuple):
+  """Our iteration, ready to run, its rows shared by the devices (cores, on a CPU) of the process.
+
+  Attributes:
+    run: computes it once and waits for the result.
+    compile_s: seconds that compiling took.
+    temp_bytes: its temporaries on all devices together.
+  """
+
+  run: Callable[[], Any]
+  compile_s: float
+  temp_bytes: int
+
+
+def make_step(case: Case, order: int, k: int) -> Step:
+  """`ours` on as many devices as divide the rows."""
+  rows = case.args[1].index.shape[0] // 2
+  devices = math.gcd(rows, jax.local_device_count())
+  mesh, placed = None, {}
+  if devices > 1:
+    mesh = parallel.local_mesh(devices)
+    placed = {"out_shardings": parallel.replicated(mesh)}
+  args = parallel.replicate(case.args, mesh)
+  step, took = compile_timed(ours(case, order, k, mesh), *args, **placed)
+  return Step(lambda: jax.block_until_ready(step(*args)), took, devices * temporaries(step))
+
+
 def temporaries(compiled) -> int:
-  """Bytes that a program needs beside its arguments and results."""
+  """Bytes that a program needs on a device beside its arguments and results."""
   return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -160,6 +194,10 @@ def check(system: types.System, mine, theirs, name: str) -> None:
   found = {name: g.detach().cpu().numpy() for name, g in theirs[1].items() if g is not None}
   named = torch_import.to_torch(grads, {n: g.shape for n, g in found.items()}, system.torch_rules)
   for parameter, expected in found.items():
-    error = np.abs(named[parameter] - expected).max()
-    if error > 2e-2 * np.abs(expected).max() + 1e-6:
-      raise AssertionError(f"{name}: the meta-gradients of {parameter} differ by {error:.1e}.")
+    # norms, not entries: where rounding turns a ReLU over, a few entries differ by percents
+    # (between two orders of the same rows on one side, too)
+    error, size = np.linalg.norm(named[parameter] - expected), np.linalg.norm(expected)
+    if error > 2e-2 * size + 1e-6:
+      raise AssertionError(
+        f"{name}: the meta-gradients of {parameter}, of norm {size:.1e}, differ by {error:.1e}."
+      )
