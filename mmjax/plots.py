@@ -95,12 +95,19 @@ def lines(
   Returns:
     The path.
   """
+  from matplotlib import ticker
+
   groups = list(table.groupby(panels, sort=False))
   drawn, axes = _figure(len(groups))
   for axis, (title, part) in zip(axes, groups, strict=True):
     for number, (label, line) in enumerate(part.groupby(lines, sort=False)):
       color = COLORS[number % len(COLORS)]
       axis.loglog(line[x], line[y], marker="o", markersize=3.5, color=color, label=label)
+    ticks = sorted(part[x].unique())
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter(ticker.LogFormatter())
+    axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axis.set_xlabel(title)
     axis.set_ylabel(y)
     axis.grid(alpha=0.25, which="both")
