@@ -153,7 +153,7 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
     if tokens[:, 2].any():
       info["segment_ids"] = tokens[:, 2].astype(np.int32)
   else:
-    x = _get(fields, "text", where, "which text='features' reads").astype(np.float32)
+    x = np.asarray(_get(fields, "text", where, "which text='features' reads"), np.float32)
     same = tokens is not None and tokens.shape[2] == x.shape[1]
     language = _features(x, tokens[:, 1] > 0 if same else _until_last_nonzero(x))
   others = {m: _timed(fields, m, where, language.valid) for m in ("audio", "vision")}
@@ -189,7 +189,7 @@ def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
 
 
 def _timed(fields, modality, where, text_valid) -> types.Modality:
-  x = _get(fields, modality, where, "which every system reads").astype(np.float32)
+  x = np.asarray(_get(fields, modality, where, "which every system reads"), np.float32)
   lengths = fields.get(f"{modality}_lengths")
   if lengths is not None:
     valid = np.arange(x.shape[1]) < np.asarray(lengths).reshape(-1, 1)

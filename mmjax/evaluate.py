@@ -89,7 +89,9 @@ def make_grid(
   """
   rows = split.index.shape[0]
   batch_size = min(batch_size, rows)
-  padded = data.pad_rows(split, batch_size)
+  # rows of like lengths together: a recurrence stops at a batch's longest sequence
+  order = np.argsort(sum(getattr(split, m).valid.sum(1) for m in types.MODALITIES), kind="stable")
+  padded = data.pad_rows(data.take(split, order), batch_size)
   batches = jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), padded)
   held = functools.cache(lambda mesh: jax.device_put(batches, parallel.replicated(mesh)))
 
@@ -120,7 +122,7 @@ def make_grid(
       some, mesh=mesh, in_specs=(own, all_, all_, all_), out_specs=own, check_vma=False
     )(cells, params, extra, batches)
     found = found[:count].reshape(rates.shape[0], seeds.shape[0], -1, *found.shape[3:])
-    return found[:, :, :rows]
+    return found[:, :, np.argsort(order)]
 
   def grid(params, extra, rates, seeds):
     rates, seeds = np.asarray(rates, np.float32), np.asarray(seeds, np.uint32)

@@ -5,7 +5,6 @@ the order of sums), statistics over the batch included. Several hosts run the sa
 on its own devices; see `jax.distributed`.
 """
 
-import contextlib
 import contextvars
 import functools
 from collections.abc import Callable
@@ -80,25 +79,38 @@ def agree(value: float | bool) -> float:
   return float(multihost_utils.process_allgather(np.float32(value)).max())
 
 
-def spread(tree: Any, mesh: Mesh | None) -> Any:
-  """Inside of a program: leaves [B, ...] that are computed a share on each device."""
+def share(loss: Callable, mesh: Mesh | None) -> Callable:
+  """The loss whose batch the devices share inside of a program, the same up to the order of sums.
+
+  Args:
+    loss: `(params, batch, *args) -> …`; the leaves of the batch are [B, ...].
+    mesh: the devices, whose number divides B; None returns the loss as it is.
+
+  Returns:
+    A loss with the signature of `loss`.
+  """
   if mesh is None:
-    return tree
-  return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+    return loss
+  rows = NamedSharding(mesh, PartitionSpec(AXIS))
+
+  def shared(params, batch, *args):
+    token = _MESH.set(mesh)
+    try:
+      return loss(params, jax.lax.with_sharding_constraint(batch, rows), *args)
+    finally:
+      _MESH.reset(token)
+
+  return shared
 
 
-@contextlib.contextmanager
-def sharing(mesh: Mesh | None):
-  """What is traced inside runs the functions of `by_rows` on each device's own rows."""
-  token = _MESH.set(mesh)
-  try:
-    yield
-  finally:
-    _MESH.reset(token)
+def jit(function: Callable, mesh: Mesh | None, **options) -> Callable:
+  """`jax.jit`, for several devices with results that each of them holds."""
+  placed = {} if mesh is None else {"out_shardings": replicated(mesh)}
+  return jax.jit(function, **placed, **options)
 
 
 def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Callable:
-  """The function on each device's own rows, under `sharing`; elsewhere the function itself.
+  """The function on each device's own rows, in a loss of `share`; elsewhere the function itself.
 
   For loops: the compiler would add up a loop's gradients over the devices at each of its steps.
 
@@ -124,8 +136,8 @@ def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Calla
 
 
 def assemble(tree: Any, mesh: Mesh | None) -> Any:
-  """This process's rows [B / processes, ...] on the host -> the global [B, ...], spread."""
+  """This process's rows [B / processes, ...] on the host -> the global [B, ...], shared out."""
   if mesh is None:
-    return jax.tree.map(jax.numpy.asarray, tree)
+    return jax.device_put(tree)  # takes aligned arrays as they are, jnp.asarray copies them
   sharding = NamedSharding(mesh, PartitionSpec(AXIS))
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)

@@ -3,8 +3,9 @@
 The derivative of a plain `lax.scan` keeps every gate of every step and adds up the weights'
 gradients step by step. Here the forward pass keeps the states alone; the backward pass recomputes
 the gates of a chunk of steps in one matrix product and gets the weights' gradients of a chunk in
-another, so that only dgates @ w_hhᵀ waits its turn. It is ordinary differentiable code: second
-derivatives go through it, and recompute one chunk at a time.
+another, so that only dgates @ w_hhᵀ waits its turn. Chunks that are padding in all rows are
+skipped. It is ordinary differentiable code: second derivatives go through it, and recompute one
+chunk at a time.
 
 `with plain():` traces the plain scan instead, to compare.
 """
@@ -75,11 +76,13 @@ def bilstm(
   if _PLAIN.get():
     found = lstm(x, valid, *forward), lstm(x, valid, *backward, reverse=True)
     return tuple(zip(*found, strict=True))
-  # the backward sequence begins with padding, which keeps the state at zero
-  both, seen = (jnp.stack([a, a[::-1]], 1) for a in (x, valid[:, :, None]))
+  # the longest sequence, turned round, begins at once: chunks of padding alone cost nothing
+  last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
+  turn = lambda a: jnp.roll(a[::-1], last, 0)  # noqa: E731 - its own inverse
+  both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
   weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
   states, final = _run(both, seen, weights, False)
-  outputs = states[:, 0], states[::-1, 1]
+  outputs = states[:, 0], turn(states[:, 1])
   return tuple(jnp.where(valid[:, :, None], s, 0) for s in outputs), tuple(final)
 
 
@@ -154,9 +157,15 @@ def _scan(carry, x, valid, w, bias, reverse):
 def _forward(x, valid, w, bias, reverse):
   """x [N, T, (G,) B, D] -> (h, c) after each step, [N, T, (G,) B, H], and the final (h, c)."""
 
+  def run(carry, inputs):
+    return _scan(carry, *inputs, w, bias, reverse)
+
+  def rest(carry, inputs):
+    return carry, jax.tree.map(lambda a: jnp.broadcast_to(a, (x.shape[1], *a.shape)), carry)
+
   @jax.checkpoint
   def chunk(carry, inputs):
-    return _scan(carry, *inputs, w, bias, reverse)
+    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs)
 
   final, states = jax.lax.scan(chunk, _start(x, w), (x, valid), reverse=reverse)
   return states, final
@@ -194,8 +203,7 @@ def _chunked_bwd(reverse, kept, cotangents):
   d_states, d_final = cotangents
   back_to_x, back_to_h = jnp.split(w.mT, [x.shape[-1]], axis=-1)
 
-  @jax.checkpoint
-  def chunk(carry, inputs):
+  def run(carry, inputs):
     x, valid, h, c, d_states = inputs  # h, c: before each step
     i, f, g, o = _gates(x, h, w, bias)
     tanh_c = jnp.tanh(f * c + i * g)
@@ -219,6 +227,15 @@ def _chunked_bwd(reverse, kept, cotangents):
     inputs = jnp.concatenate([x, h], -1)
     now = _outer(inputs, d_gates), d_gates.sum((0, -2))
     return (state, jax.tree.map(jnp.add, d_weights, now)), d_gates @ back_to_x
+
+  def rest(carry, inputs):
+    (d_h, d_c), d_weights = carry
+    x, *_, d_states = inputs
+    return ((d_h + d_states.sum(0), d_c), d_weights), jnp.zeros_like(x)
+
+  @jax.checkpoint
+  def chunk(carry, inputs):
+    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs)
 
   zeros = jax.tree.map(jnp.zeros_like, (w, bias))
   start = ((d_final, jnp.zeros_like(d_final)), zeros)

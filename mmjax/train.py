@@ -130,12 +130,10 @@ def make_step(
     trained, constant = optim.split(state.params, phase.trains)
 
     def loss(trained, batch, key, extra):
-      batch = parallel.spread(batch, recipe.mesh)
-      with parallel.sharing(recipe.mesh):
-        return phase.loss(optim.merge(trained, constant), batch, key, extra)
+      return phase.loss(optim.merge(trained, constant), batch, key, extra)
 
     method = recipe.method(jax.random.fold_in(key, METHOD))
-    gradient = jax.value_and_grad(method(loss), has_aux=True)
+    gradient = jax.value_and_grad(method(parallel.share(loss, recipe.mesh)), has_aux=True)
     step_key = jax.random.fold_in(jax.random.fold_in(key, LOSS), state.step)
     (value, aux), grads = gradient(trained, batch, step_key, state.extra)
     updates, opt = optimizer.update(grads, state.opt[phase.name], trained)
@@ -161,8 +159,7 @@ def _advance(step: Callable) -> Callable:
 
 def _compile(function: Callable, mesh: jax.sharding.Mesh | None) -> Callable:
   """Jitted; the first two arguments, state and sums, are consumed, all results are replicated."""
-  placed = {} if mesh is None else {"out_shardings": parallel.replicated(mesh)}
-  return jax.jit(function, donate_argnums=(0, 1), **placed)
+  return parallel.jit(function, mesh, donate_argnums=(0, 1))
 
 
 def make_steps(

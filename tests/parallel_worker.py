@@ -85,21 +85,19 @@ def lstm(mesh) -> dict:
     for _ in range(2)
   ]
 
-  def loss(weights, x, valid):
-    x, valid = parallel.spread((x, valid), mesh)
-    with parallel.sharing(mesh):
-      outputs, finals = recurrence.bilstm(x.swapaxes(0, 1), valid.T, *weights)
+  def loss(weights, batch):
+    x, valid = batch
+    outputs, finals = recurrence.bilstm(x.swapaxes(0, 1), valid.T, *weights)
     return sum(jnp.sum(a**2) for a in (*outputs, *finals))
 
-  def all_of(weights, x, valid):
-    gradient = functools.partial(jax.grad(loss), x=x, valid=valid)
+  def all_of(weights, batch):
+    gradient = lambda w: jax.grad(parallel.share(loss, mesh))(w, batch)  # noqa: E731
     of_gradient = lambda w: sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(w)))  # noqa: E731
     forward_over_reverse = jax.jvp(gradient, (weights,), (weights,))[1]
     return gradient(weights), forward_over_reverse, jax.grad(of_gradient)(weights)
 
-  args = parallel.replicate((weights, x.astype(np.float32), valid), mesh)
-  placed = {} if mesh is None else {"out_shardings": parallel.replicated(mesh)}
-  program = jax.jit(all_of, **placed).lower(*args).compile()
+  args = parallel.replicate((weights, (x.astype(np.float32), valid)), mesh)
+  program = parallel.jit(all_of, mesh).lower(*args).compile()
   found = jax.tree.map(lambda a: np.asarray(a).tolist(), parallel.local(program(*args)))
   loops = [part for part in program.as_text().split("\n\n") if "ENTRY" not in part]
   return {"gradients": found, "waits": any(" all-reduce(" in part for part in loops)}

@@ -11,11 +11,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, D, H = 4, 3, 5
 
 
-def draw(steps):
+def draw(steps, longest=None):
   """Sequences of several lengths, weights of two directions, and what their outputs weigh."""
-  random = np.random.default_rng(steps)
+  random, longest = np.random.default_rng(steps), longest or steps
   x = random.normal(size=(steps, B, D))
-  valid = np.arange(steps)[:, None] < np.array([steps, steps // 2, 1, 0])
+  valid = np.arange(steps)[:, None] < np.array([longest, longest // 2, 1, 0])
   weights = [
     tuple(random.normal(size=shape) * 0.5 for shape in ((D, 4 * H), (H, 4 * H), (4 * H,)))
     for _ in range(2)
@@ -37,10 +37,11 @@ def make_loss(case, valid, of_outputs, of_final):
 
 
 @pytest.mark.parametrize(
-  ("case", "steps"), [("forward", 1), ("forward", 13), ("backward", 13), ("both", 13)]
+  ("case", "steps", "longest"),
+  [("forward", 1, 1), ("forward", 13, 13), ("backward", 13, 4), ("both", 13, 13), ("both", 13, 4)],
 )
-def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps):
-  x, valid, weights, *scales = draw(steps)
+def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest):
+  x, valid, weights, *scales = draw(steps, longest)
   loss = make_loss(case, valid, *scales)
   gradient = jax.grad(loss, (0, 1))
 
@@ -58,6 +59,14 @@ def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps):
       expected = jax.jit(lambda *args: all_of(*args))(x, weights)
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["forward", "backward", "both"])
+def test_chunks_of_padding_alone_are_not_computed(case):
+  x, valid, weights, *scales = draw(13, longest=5)  # in chunks of five
+  gradient = jax.jit(jax.grad(make_loss(case, valid, *scales), (0, 1)))
+  found = gradient(np.where(np.arange(13)[:, None, None] < 5, x, np.nan), weights)
+  jax.tree.map(np.testing.assert_array_equal, found, gradient(x, weights))
 
 
 def test_a_gradient_keeps_states_and_not_gates():

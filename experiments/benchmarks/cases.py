@@ -47,9 +47,10 @@ MODELS = {
 def make_batch(setting: Setting, rows: int, seed: int = 0) -> types.Batch:
   """Rows of noise, of which half of the steps are missing."""
   random = np.random.default_rng(seed)
+  share = random.uniform(0.5, 1, (rows, 1))  # a long utterance is long in every modality
 
   def modality(length, width, tokens=False):
-    valid = np.arange(length) < random.integers(length // 2, length + 1, (rows, 1))
+    valid = np.arange(length) < np.ceil(share * length)
     if tokens:
       x = np.where(valid, random.integers(1000, 30000, (rows, length)), 0).astype(np.int32)
       return types.Modality(x, valid, np.ones_like(valid), np.full(rows, 100, np.int32))
@@ -101,14 +102,9 @@ def _keep(key, batch):
 
 def ours(case: Case, order: int, k: int, mesh: jax.sharding.Mesh | None = None):
   """`(params, batch, key, extra) -> ((loss, aux), meta-gradients)`, as the configs set M³S."""
-
-  def share(params, batch, key, extra):
-    with parallel.sharing(mesh):
-      return case.loss(params, parallel.spread(batch, mesh), key, extra)
-
   loss = meta.m3s(
-    share, _keep, inner_steps=k, inner_optimizer=optax.sgd(RATE), order=ORDERS[order],
-    mode="mixed",
+    parallel.share(case.loss, mesh), _keep, inner_steps=k, inner_optimizer=optax.sgd(RATE),
+    order=ORDERS[order], mode="mixed",
   )  # fmt: skip
   return jax.value_and_grad(loss, has_aux=True)
 
@@ -130,10 +126,10 @@ def naive(case: Case, order: int, k: int):
   return jax.value_and_grad(loss, has_aux=True)
 
 
-def compile_timed(function, *args, **options):
+def compile_timed(function, *args, mesh=None):
   """The compiled function and the seconds that took."""
   began = time.perf_counter()
-  compiled = jax.jit(function, **options).lower(*args).compile()
+  compiled = parallel.jit(function, mesh).lower(*args).compile()
   return compiled, time.perf_counter() - began
 
 
@@ -155,12 +151,9 @@ def make_step(case: Case, order: int, k: int) -> Step:
   """`ours` on as many devices as divide the rows."""
   rows = case.args[1].index.shape[0] // 2
   devices = math.gcd(rows, jax.local_device_count())
-  mesh, placed = None, {}
-  if devices > 1:
-    mesh = parallel.local_mesh(devices)
-    placed = {"out_shardings": parallel.replicated(mesh)}
+  mesh = parallel.local_mesh(devices) if devices > 1 else None
   args = parallel.replicate(case.args, mesh)
-  step, took = compile_timed(ours(case, order, k, mesh), *args, **placed)
+  step, took = compile_timed(ours(case, order, k, mesh), *args, mesh=mesh)
   return Step(lambda: jax.block_until_ready(step(*args)), took, devices * temporaries(step))
 
 
