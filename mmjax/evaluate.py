@@ -80,7 +80,7 @@ def make_grid(
     system: the model.
     split: the split, N rows.
     mask_of: makes the mask of rates [3, 2], such as `masking.span` or `masking.bernoulli`.
-    batch_size: rows predicted at once; it does not change the result.
+    batch_size: most rows predicted at once; it does not change the result.
     output: which entry of the system's predictions, "feature" for representations.
 
   Returns:
@@ -88,7 +88,7 @@ def make_grid(
     compiled program for all conditions and seeds.
   """
   rows = split.index.shape[0]
-  batch_size = min(batch_size, rows)
+  batch_size = -(-rows // -(-rows // batch_size))  # as many batches, and little to fill up
   # rows of like lengths together: a recurrence stops at a batch's longest sequence
   order = np.argsort(sum(getattr(split, m).valid.sum(1) for m in types.MODALITIES), kind="stable")
   padded = data.pad_rows(data.take(split, order), batch_size)

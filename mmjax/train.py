@@ -223,7 +223,9 @@ def make_stream_steps(
   advance = _advance(step)
 
   def one(state, sums, drawn, key):
-    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
+    # stacked, as `meta` takes them apart again: rows that are concatenated would change devices
+    join = lambda *parts: jnp.stack(parts).reshape(-1, *parts[0].shape[1:])  # noqa: E731
+    batch = jax.tree.map(join, *drawn)
     return advance(state, sums, batch, key)
 
   one = _compile(one, mesh)
