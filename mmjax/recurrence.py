@@ -154,6 +154,16 @@ def _scan(carry, x, valid, w, bias, reverse):
   return jax.lax.scan(step, carry, (x, valid), reverse=reverse)
 
 
+def _unless_padding(run, rest):
+  """A chunk `(carry, (x, valid, …))`, recomputed when differentiated: `rest` if all is padding."""
+
+  @jax.checkpoint
+  def chunk(carry, inputs):
+    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs)
+
+  return chunk
+
+
 def _forward(x, valid, w, bias, reverse):
   """x [N, T, (G,) B, D] -> (h, c) after each step, [N, T, (G,) B, H], and the final (h, c)."""
 
@@ -163,10 +173,7 @@ def _forward(x, valid, w, bias, reverse):
   def rest(carry, inputs):
     return carry, jax.tree.map(lambda a: jnp.broadcast_to(a, (x.shape[1], *a.shape)), carry)
 
-  @jax.checkpoint
-  def chunk(carry, inputs):
-    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs)
-
+  chunk = _unless_padding(run, rest)
   final, states = jax.lax.scan(chunk, _start(x, w), (x, valid), reverse=reverse)
   return states, final
 
@@ -233,13 +240,10 @@ def _chunked_bwd(reverse, kept, cotangents):
     x, *_, d_states = inputs
     return ((d_h + d_states.sum(0), d_c), d_weights), jnp.zeros_like(x)
 
-  @jax.checkpoint
-  def chunk(carry, inputs):
-    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs)
-
   zeros = jax.tree.map(jnp.zeros_like, (w, bias))
   start = ((d_final, jnp.zeros_like(d_final)), zeros)
   inputs = (x, valid, _before(h, reverse), _before(c, reverse), d_states)
+  chunk = _unless_padding(run, rest)
   (_, (d_w, d_bias)), d_x = jax.lax.scan(chunk, start, inputs, reverse=not reverse)
   return d_x, None, d_w, d_bias
 
