@@ -39,8 +39,7 @@ def make_card(
     "sha256": digest.hexdigest(),
     "rows": {split: len(fields["id"]) for split, fields in arrays.items()},
     "fields": {
-      key: {"shape": list(value.shape[1:]), "dtype": _dtype(value)}
-      for key, value in train.items()
+      key: {"shape": list(value.shape[1:]), "dtype": _dtype(value)} for key, value in train.items()
     },
     "left_out": checked.left_out,
     "lengths": {

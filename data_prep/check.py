@@ -12,11 +12,21 @@ from mmjax import data
 
 # Rank of each field's array, the rows included.
 RANKS = {
-  "id": 1, "raw_text": 1, "text": 3, "text_bert": 3, "audio": 3, "vision": 3,
-  "audio_lengths": 1, "vision_lengths": 1, "regression_labels": 1, "regression_labels_T": 1,
-  "regression_labels_A": 1, "regression_labels_V": 1, "classification_labels": 1,
+  "id": 1,
+  "raw_text": 1,
+  "text": 3,
+  "text_bert": 3,
+  "audio": 3,
+  "vision": 3,
+  "audio_lengths": 1,
+  "vision_lengths": 1,
+  "regression_labels": 1,
+  "regression_labels_T": 1,
+  "regression_labels_A": 1,
+  "regression_labels_V": 1,
+  "classification_labels": 1,
   "annotations": 1,
-}  # fmt: skip
+}
 STRINGS = ("id", "raw_text", "annotations")
 FEATURES = ("text", "audio", "vision")
 LABELS = ("regression_labels", "classification_labels")
@@ -85,9 +95,12 @@ def _check_split(fields, path, split, dataset):
   for group in (("id",), ("audio",), ("vision",), ("text", "text_bert"), LABELS):
     if not any(key in fields for key in group):
       _fail(
-        path, split, " or ".join(group), found=f"the keys {sorted(map(str, fields))}",
+        path,
+        split,
+        " or ".join(group),
+        found=f"the keys {sorted(map(str, fields))}",
         expected="this key too",
-      )  # fmt: skip
+      )
   clean, replaced = {}, {}
   for key, rank in RANKS.items():
     if key in fields:
@@ -134,17 +147,23 @@ def _check_values(clean, path, split, dataset) -> None:
     _fail(path, split, "id", found=f"{str(names[counts > 1][0])!r} twice", expected="each id once")
   if "text_bert" in clean and clean["text_bert"].shape[1] != 3:
     _fail(
-      path, split, "text_bert", found=f"shape {clean['text_bert'].shape}",
+      path,
+      split,
+      "text_bert",
+      found=f"shape {clean['text_bert'].shape}",
       expected="[N, 3, L]: ids, attention mask, segments",
-    )  # fmt: skip
+    )
   for m in ("audio", "vision"):
     lengths, steps = clean.get(f"{m}_lengths"), clean[m].shape[1]
     if lengths is not None and not ((lengths >= 0) & (lengths <= steps)).all():
       row = int(np.argmax((lengths < 0) | (lengths > steps)))
       _fail(
-        path, split, f"{m}_lengths", found=f"{lengths[row]} in row {row}",
+        path,
+        split,
+        f"{m}_lengths",
+        found=f"{lengths[row]} in row {row}",
         expected=f"0 to {steps}, the steps of {m!r}",
-      )  # fmt: skip
+      )
   low, high = next(
     (r for name, r in data.LABEL_RANGES.items() if dataset.lower().startswith(name)),
     (-np.inf, np.inf),
@@ -160,9 +179,12 @@ def _check_values(clean, path, split, dataset) -> None:
     if wrong.any():
       row = int(np.argmax(wrong))
       _fail(
-        path, split, key, found=f"{clean[key][row]} in row {row} ({clean['id'][row]})",
+        path,
+        split,
+        key,
+        found=f"{clean[key][row]} in row {row} ({clean['id'][row]})",
         expected=f"{'classes' if key == LABELS[1] else 'labels'} from {least:g} to {most:g}",
-      )  # fmt: skip
+      )
 
 
 def _check_across(arrays, path) -> None:
@@ -175,12 +197,18 @@ def _check_across(arrays, path) -> None:
     for key, value in fields.items():
       if value.shape[1:] != first[key].shape[1:]:
         _fail(
-          path, split, key, found=f"rows of shape {value.shape[1:]}",
+          path,
+          split,
+          key,
+          found=f"rows of shape {value.shape[1:]}",
           expected=f"{first[key].shape[1:]}, as in {data.SPLITS[0]!r}",
-        )  # fmt: skip
+        )
     for name in fields["id"]:
       if seen.setdefault(name, split) != split:
         _fail(
-          path, split, "id", found=f"{name!r}, which is in {seen[name]!r} too",
+          path,
+          split,
+          "id",
+          found=f"{name!r}, which is in {seen[name]!r} too",
           expected="each id once",
-        )  # fmt: skip
+        )

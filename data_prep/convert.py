@@ -71,9 +71,12 @@ def main(argv):
   values = flags.FLAGS
   try:
     folder = convert(
-      values.pickle, values.dataset, values.data_dir,
-      file_format=values.file_format, overwrite=values.overwrite,
-    )  # fmt: skip
+      values.pickle,
+      values.dataset,
+      values.data_dir,
+      file_format=values.file_format,
+      overwrite=values.overwrite,
+    )
   except data.DataError as error:
     sys.exit(f"error: {error}")
   print(card.to_text(data.read_card(values.data_dir, values.dataset)))

@@ -34,9 +34,11 @@ _TEST_RATE = flags.DEFINE_multi_string("test_rate", [], "Missing rate in testing
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of runs per method.", lower_bound=1)
 _MASK_SEEDS = flags.DEFINE_integer("mask_seeds", 3, "Test masks per run.", lower_bound=1)
 _SCHEDULE = flags.DEFINE_enum(
-  "schedule", "auto", ("auto", "together", "processes"),
+  "schedule",
+  "auto",
+  ("auto", "together", "processes"),
   "All seeds of a method as one program, or a process per run; auto: together on accelerators.",
-)  # fmt: skip
+)
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count(), "Trainings at a time.")
 
 PAPER = pathlib.Path(__file__).with_name("paper_m3s.csv")
@@ -49,9 +51,12 @@ def folder_of(rate: str, method: str, seed: int) -> pathlib.Path:
 def open_folder(rate: str, method: str, seed: int) -> workdir_lib.Workdir:
   """The folder of a run; it refuses to serve another config."""
   asked = run_lib.describe(
-    _CONFIG.value, _DATA_DIR.value, method=method, seed=seed,
+    _CONFIG.value,
+    _DATA_DIR.value,
+    method=method,
+    seed=seed,
     missing_rate=run_lib.parse_interval(rate),
-  )  # fmt: skip
+  )
   return workdir_lib.Workdir(folder_of(rate, method, seed), asked, _DATA_DIR.value)
 
 
@@ -61,13 +66,18 @@ def train_in_processes(left: Sequence[tuple[str, str, int]]) -> None:
   jobs.run(
     [
       jobs.Job(
-        f"{method}, {rate}, seed {seed}", config, _DATA_DIR.value,
-        folder_of(rate, method, seed), method, rate, seed,
+        f"{method}, {rate}, seed {seed}",
+        config,
+        _DATA_DIR.value,
+        folder_of(rate, method, seed),
+        method,
+        rate,
+        seed,
       )
       for rate, method, seed in left
     ],
     _PROCESSES.value,
-  )  # fmt: skip
+  )
 
 
 def train_together(left: Sequence[tuple[str, str, int]], dataset) -> None:
@@ -76,11 +86,14 @@ def train_together(left: Sequence[tuple[str, str, int]], dataset) -> None:
     keys = list(keys)
     runs = [
       run_lib.make_run(
-        _CONFIG.value, dataset, method=method, seed=seed,
+        _CONFIG.value,
+        dataset,
+        method=method,
+        seed=seed,
         missing_rate=run_lib.parse_interval(rate),
       )
       for _, _, seed in keys
-    ]  # fmt: skip
+    ]
     folders = [open_folder(*key) for key in keys]
     path = folder_of(*keys[0]).parent / "together"
     run_lib.execute_together(runs, folders, path, log_test=True)
@@ -92,22 +105,25 @@ def train_together(left: Sequence[tuple[str, str, int]], dataset) -> None:
 def evaluate_all(keys: Sequence[tuple[str, str, int]], dataset) -> tuple[list[dict], list[dict]]:
   """Rows of every test condition, and of every epoch in the logs; one compiled program."""
   config = _CONFIG.value
-  tested = [evaluate.rate_condition(*run_lib.parse_interval(rate))
-            for rate in _TEST_RATE.value or _MISSING_RATE.value]  # fmt: skip
+  tested = [
+    evaluate.rate_condition(*run_lib.parse_interval(rate))
+    for rate in _TEST_RATE.value or _MISSING_RATE.value
+  ]
   robustness = evaluate.make_robustness(
-    run_lib.make_system(config), dataset.test, dataset.spec,
-    [*tested, *evaluate.parse_rates("0:0.9:0.1")], range(_MASK_SEEDS.value),
+    run_lib.make_system(config),
+    dataset.test,
+    dataset.spec,
+    [*tested, *evaluate.parse_rates("0:0.9:0.1")],
+    range(_MASK_SEEDS.value),
     mask_of=run_lib.make_mask_of(config),
-  )  # fmt: skip
+  )
   rows, epochs = [], []
   for rate, method, seed in keys:
     run = run_lib.make_run(
       config, dataset, method=method, seed=seed, missing_rate=run_lib.parse_interval(rate)
     )
     folder = open_folder(rate, method, seed)
-    told = {
-      "missing_rate": rate.replace(",", "-"), "method": run_lib.METHODS[method], "seed": seed
-    }  # fmt: skip
+    told = {"missing_rate": rate.replace(",", "-"), "method": run_lib.METHODS[method], "seed": seed}
     rows += [{**told, **row} for row in robustness(**run_lib.read_best(run, folder)[None])]
     for line in folder.history():
       loss = next(value for name, value in reversed(line["train"].items()) if "loss" in name)
@@ -139,9 +155,12 @@ def main(argv):
   report.robustness(rows, out, by=by, lines="method")
   report.epochs(epochs, out)
   report.comparison(
-    rows, out, pd.read_csv(PAPER),
-    model=_CONFIG.value.model.name, dataset=_CONFIG.value.data.name,
-  )  # fmt: skip
+    rows,
+    out,
+    pd.read_csv(PAPER),
+    model=_CONFIG.value.model.name,
+    dataset=_CONFIG.value.data.name,
+  )
 
 
 if __name__ == "__main__":

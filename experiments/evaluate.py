@@ -36,10 +36,15 @@ def main(argv):
     if _MASK.value:
       run.config.mask.kind = _MASK.value
     rows = evaluate.robustness(
-      run.recipe.system, best["params"], best["extra"], getattr(run.dataset, _SPLIT.value),
-      run.dataset.spec, conditions, range(_MASK_SEEDS.value),
+      run.recipe.system,
+      best["params"],
+      best["extra"],
+      getattr(run.dataset, _SPLIT.value),
+      run.dataset.spec,
+      conditions,
+      range(_MASK_SEEDS.value),
       mask_of=run_lib.make_mask_of(run.config),
-    )  # fmt: skip
+    )
   except ValueError as error:
     sys.exit(f"error: {error}")
   out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness")

@@ -61,10 +61,17 @@ def run(jobs: Sequence[Job], processes: int) -> None:
   def train(job):
     slot = free.pop()
     command = [
-      sys.executable, "-m", "experiments.train", *job.config, f"--data_dir={job.data_dir}",
-      f"--workdir={os.fspath(job.folder)}", f"--method={job.method}",
-      f"--missing_rate={job.missing_rate}", f"--seed={job.seed}", "--log_test",
-    ]  # fmt: skip
+      sys.executable,
+      "-m",
+      "experiments.train",
+      *job.config,
+      f"--data_dir={job.data_dir}",
+      f"--workdir={os.fspath(job.folder)}",
+      f"--method={job.method}",
+      f"--missing_rate={job.missing_rate}",
+      f"--seed={job.seed}",
+      "--log_test",
+    ]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
       if processes > 1 and cores:  # before it starts any thread

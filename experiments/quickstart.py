@@ -45,9 +45,15 @@ def train_and_test(method: str, out: pathlib.Path, epochs: int | None) -> list[d
   best = run_lib.execute(run, folder).best
   folder.close()
   rows = evaluate.robustness(
-    run.recipe.system, best["params"], best["extra"], dataset.test, dataset.spec,
-    evaluate.parse_rates("0:0.9:0.1"), range(3), mask_of=run_lib.make_mask_of(config),
-  )  # fmt: skip
+    run.recipe.system,
+    best["params"],
+    best["extra"],
+    dataset.test,
+    dataset.spec,
+    evaluate.parse_rates("0:0.9:0.1"),
+    range(3),
+    mask_of=run_lib.make_mask_of(config),
+  )
   return [{"method": run_lib.METHODS[method], **row} for row in rows]
 
 

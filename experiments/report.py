@@ -124,8 +124,9 @@ def comparison(
   table.to_csv(out / "comparison.csv", index=False)
   pairs = zip(table["mean"], table["std"], strict=True)
   shown = table.assign(**{"mean ± std": [f"{mean:.4f} ± {std:.4f}" for mean, std in pairs]})
-  shown = shown[["missing_rate", "test_rate", "metric", "method", "n", "mean ± std", "delta", "p",
-                 "paper"]]  # fmt: skip
+  shown = shown[
+    ["missing_rate", "test_rate", "metric", "method", "n", "mean ± std", "delta", "p", "paper"]
+  ]
   shown = shown.astype({"p": object, "paper": object}).where(shown.notna(), None)
   formats = dict(index=False, floatfmt=".4f", missingval="")
   print(shown.to_markdown(tablefmt="simple", **formats))
@@ -137,5 +138,5 @@ def comparison(
 
 
 def plain(name: str) -> str:
-  """"Self-MM", "self_mm" -> "selfmm"."""
+  """ "Self-MM", "self_mm" -> "selfmm"."""
   return name.lower().replace("-", "").replace("_", "")

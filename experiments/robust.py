@@ -44,9 +44,11 @@ _FEATURE = flags.DEFINE_string(
   "feature", "feature", "Which of a model's outputs the 2-D view shows, `corrected` of LNLN."
 )
 _SELECTION = flags.DEFINE_enum(
-  "selection", "validation", run_lib.SELECTIONS,
+  "selection",
+  "validation",
+  run_lib.SELECTIONS,
   "test_oracle picks, for each metric, the epoch that is best on test, as the published code.",
-)  # fmt: skip
+)
 _SET = flags.DEFINE_multi_string(
   "set", [], "Config entry of all variants, train.epochs=9, or of a model's, lnln/train.epochs=9."
 )
@@ -70,7 +72,7 @@ class Variant(NamedTuple):
 
 
 def parse_change(text: str) -> tuple[str, object]:
-  """"train.epochs=20" -> ("train.epochs", 20)."""
+  """ "train.epochs=20" -> ("train.epochs", 20)."""
   name, separator, value = text.partition("=")
   if not separator:
     raise ValueError(f"{text!r} is no change of a config: expected NAME=VALUE, train.epochs=20.")
@@ -135,16 +137,24 @@ class _Plan(NamedTuple):
 
   def open(self, seed):
     asked = run_lib.describe(
-      self.config, _DATA_DIR.value, method=_METHOD.value,
-      missing_rate=run_lib.parse_interval(self.missing_rate), seed=seed,
-    )  # fmt: skip
+      self.config,
+      _DATA_DIR.value,
+      method=_METHOD.value,
+      missing_rate=run_lib.parse_interval(self.missing_rate),
+      seed=seed,
+    )
     return workdir_lib.Workdir(self.path(seed), asked, _DATA_DIR.value)
 
   def job(self, seed):
     return jobs.Job(
-      f"{self.variant.name}, seed {seed}", self.flags, _DATA_DIR.value, self.path(seed),
-      _METHOD.value, self.missing_rate, seed,
-    )  # fmt: skip
+      f"{self.variant.name}, seed {seed}",
+      self.flags,
+      _DATA_DIR.value,
+      self.path(seed),
+      _METHOD.value,
+      self.missing_rate,
+      seed,
+    )
 
 
 def main(binary: str, variants: Sequence[Variant], *, baseline: str | None = None) -> None:
@@ -180,9 +190,14 @@ def main(binary: str, variants: Sequence[Variant], *, baseline: str | None = Non
     "data": f"{_DATASET.value}, SHA-256 {sha256}",
   }
   robust_report.write(
-    results, np.asarray(dataset.test.label), dataset.spec, pathlib.Path(_OUT.value), protocol,
-    dataset=_DATASET.value, baseline=baseline,
-  )  # fmt: skip
+    results,
+    np.asarray(dataset.test.label),
+    dataset.spec,
+    pathlib.Path(_OUT.value),
+    protocol,
+    dataset=_DATASET.value,
+    baseline=baseline,
+  )
 
 
 def _is_done(plan, seed) -> bool:
@@ -207,13 +222,14 @@ def _evaluate(plan, dataset, seeds, results: robust_report.Results, bar: tqdm.tq
   mask_of = run_lib.make_mask_of(plan.config)
   rates = np.stack([condition.rates for condition in conditions])
   run = run_lib.make_run(  # what is read of it is the same for all seeds
-    plan.config, dataset, method=_METHOD.value,
-    missing_rate=run_lib.parse_interval(plan.missing_rate), seed=seeds[0],
-  )  # fmt: skip
-  grid = evaluate.make_grid(run.recipe.system, dataset.test, mask_of)
-  represent = evaluate.make_grid(
-    run.recipe.system, dataset.test, mask_of, output=_FEATURE.value
+    plan.config,
+    dataset,
+    method=_METHOD.value,
+    missing_rate=run_lib.parse_interval(plan.missing_rate),
+    seed=seeds[0],
   )
+  grid = evaluate.make_grid(run.recipe.system, dataset.test, mask_of)
+  represent = evaluate.make_grid(run.recipe.system, dataset.test, mask_of, output=_FEATURE.value)
   for seed in seeds:
     folder = plan.open(seed)
     # selected once for all metrics, or by each metric for itself (the oracle)

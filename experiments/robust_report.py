@@ -17,8 +17,21 @@ from mmjax import plots, tables, types
 
 PAPER = pathlib.Path(__file__).with_name("paper_lnln.csv")
 # The order of the papers' columns; further metrics, as the F1 of a class, follow.
-METRICS = ("acc7", "acc5", "acc3", "acc2_non0", "acc2_has0", "acc2", "f1_non0", "f1_has0", "f1",
-           "mae", "corr", "acc", "uar")  # fmt: skip
+METRICS = (
+  "acc7",
+  "acc5",
+  "acc3",
+  "acc2_non0",
+  "acc2_has0",
+  "acc2",
+  "f1_non0",
+  "f1_has0",
+  "f1",
+  "mae",
+  "corr",
+  "acc",
+  "uar",
+)
 AREAS = ("mae", "corr", "acc7", "acc5", "acc3", "acc2_non0", "acc2", "acc", "uar", "f1")
 KEYS = ("model", "kind", "condition", "seed", "mask_seed")
 
@@ -141,10 +154,14 @@ def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
       key = f"{row['condition']} {report.plain(row['model'])} {metric.removesuffix('_swapped')}"
       found.append(
         {
-          "condition": row["condition"], "model": row["model"], "metric": metric,
-          "ours": row[metric], "std": row[f"{metric}_std"], "paper": values.get(key),
+          "condition": row["condition"],
+          "model": row["model"],
+          "metric": metric,
+          "ours": row[metric],
+          "std": row[f"{metric}_std"],
+          "paper": values.get(key),
         }
-      )  # fmt: skip
+      )
   return pd.DataFrame(found)
 
 
@@ -164,9 +181,11 @@ def laziness(
   def row(model, condition, values):
     share = np.unique(classes_of(values, spec), return_counts=True)[1] / len(values)
     return {
-      "model": model, "condition": condition, "largest share": share.max(),
+      "model": model,
+      "condition": condition,
+      "largest share": share.max(),
       "entropy": -(share * np.log(share)).sum(),
-    }  # fmt: skip
+    }
 
   found = [row("labels", "", label)]
   for model, predictions in shown.items():

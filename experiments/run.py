@@ -217,9 +217,12 @@ def execute(
       folder.log(report, _test(run, report) if log_test else None)
       loss = next(v for k, v in report.train.items() if k.endswith("loss"))
       bar.set_postfix(
-        {"loss": f"{loss:.4f}", recipe.select: f"{report.valid[recipe.select]:.4f}",
-         "best": int(progress.best_epoch)}
-      )  # fmt: skip
+        {
+          "loss": f"{loss:.4f}",
+          recipe.select: f"{report.valid[recipe.select]:.4f}",
+          "best": int(progress.best_epoch),
+        }
+      )
       bar.update()
       pause(progress)
   folder.finish(progress)
@@ -250,9 +253,7 @@ def execute_together(
   recipe, dataset = runs[0].recipe, runs[0].dataset
   if isinstance(dataset.train, stream.Stream):
     raise ValueError("runs that train together cannot stream: set --schedule=processes.")
-  progresses = tuple(
-    train.start(recipe, dataset.train, dataset.spec, run.key) for run in runs
-  )
+  progresses = tuple(train.start(recipe, dataset.train, dataset.spec, run.key) for run in runs)
   checkpoints = checkpoint.manager(path)
   progresses = checkpoint.restore(checkpoints, progresses) or progresses
   for folder, progress in zip(folders, progresses, strict=True):
@@ -295,9 +296,12 @@ def load_run(path: str, data_dir: str | None = None) -> tuple[Run, dict]:
   config = ml_collections.ConfigDict(asked["config"])
   dataset = load_data(config, data_dir)
   run = make_run(
-    config, dataset, method=asked["method"],
-    missing_rate=tuple(asked["missing_rate"]), seed=asked["seed"],
-  )  # fmt: skip
+    config,
+    dataset,
+    method=asked["method"],
+    missing_rate=tuple(asked["missing_rate"]),
+    seed=asked["seed"],
+  )
   folder = workdir.Workdir(path, asked, data_dir)
   best = read_best(run, folder)[None]
   folder.close()
@@ -337,7 +341,7 @@ def describe(
 
 
 def parse_interval(text: str) -> tuple[float, float]:
-  """"0.4,0.6" -> (0.4, 0.6); a single rate is an interval of its own."""
+  """ "0.4,0.6" -> (0.4, 0.6); a single rate is an interval of its own."""
   low, *high = (float(rate) for rate in text.split(","))
   if len(high) > 1:
     raise ValueError(f"missing rate {text!r} is neither one number nor two.")

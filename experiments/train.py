@@ -34,9 +34,11 @@ _LOG_TEST = flags.DEFINE_bool(
   "log_test", False, "Also log the test split's metrics, for figures; they select nothing."
 )
 _DISTRIBUTED = flags.DEFINE_string(
-  "distributed", "", "Train on several hosts: `auto` on a cluster that JAX knows (TPU, SLURM, MPI),"
+  "distributed",
+  "",
+  "Train on several hosts: `auto` on a cluster that JAX knows (TPU, SLURM, MPI),"
   " else COORDINATOR:PORT,PROCESSES,PROCESS. All see the same --workdir.",
-)  # fmt: skip
+)
 
 
 def join(hosts: str) -> None:
@@ -70,9 +72,12 @@ def main(argv):
     folder = workdir_lib.Workdir(_WORKDIR.value, asked, _DATA_DIR.value)
     run = run_lib.make_run(_CONFIG.value, dataset, **settings)
     progress = run_lib.execute(
-      run, folder, checkpoint_every=_CHECKPOINT_EVERY.value, log_test=_LOG_TEST.value,
+      run,
+      folder,
+      checkpoint_every=_CHECKPOINT_EVERY.value,
+      log_test=_LOG_TEST.value,
       should_stop=lambda: bool(signals),
-    )  # fmt: skip
+    )
   except run_lib.Interrupted:
     print(f"Interrupted; saved in {_WORKDIR.value}. The same command goes on from there.")
     sys.exit(128 + signals[0])

@@ -1,10 +1,10 @@
 """The folder of one training run: what it was asked for, its log, its checkpoints.
 
-  config.json     what was run; the same folder refuses another config
-  metrics.jsonl   one line per epoch
-  done.json       the selected epoch and its score, once the training is over
-  tensorboard/    the same numbers as TensorBoard events
-  checkpoints/    the newest states (orbax), numbered by optimizer step
+config.json     what was run; the same folder refuses another config
+metrics.jsonl   one line per epoch
+done.json       the selected epoch and its score, once the training is over
+tensorboard/    the same numbers as TensorBoard events
+checkpoints/    the newest states (orbax), numbered by optimizer step
 """
 
 import importlib.metadata

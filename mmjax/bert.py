@@ -108,9 +108,7 @@ class Blocks(nn.Module):
   def __call__(self, x: Array, mask: Array) -> Array:
     width = x.shape[-1]
     heads = max(n for n in range(1, 13) if width % n == 0)
-    config = BertConfig(
-      hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width
-    )
+    config = BertConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
     for n in range(self.depth):
       x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask, x.dtype))
     return x

@@ -60,6 +60,5 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
     return checkpoints.restore(step, args=args)
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-      f"checkpoint {step} in {checkpoints.directory} does not fit this model and optimizer:"
-      f" {error}"
+      f"checkpoint {step} in {checkpoints.directory} does not fit this model and optimizer: {error}"
     ) from error

@@ -86,9 +86,13 @@ class CrossmodalTransformer(nn.Module):
     x, source = embed(x), None if source is None else embed(source)
     for n in range(self.depth):
       x = CrossmodalLayer(
-        self.heads, self.attention_dropout, self.relu_dropout, self.residual_dropout,
-        self.causal, name=f"layer_{n}",
-      )(x, source)  # fmt: skip
+        self.heads,
+        self.attention_dropout,
+        self.relu_dropout,
+        self.residual_dropout,
+        self.causal,
+        name=f"layer_{n}",
+      )(x, source)
     return layers.LayerNorm(name="norm")(x)
 
 

@@ -163,17 +163,13 @@ class BiLSTM(nn.Module):
   features: int
 
   @nn.compact
-  def __call__(
-    self, x: Array, valid: Array | None = None
-  ) -> tuple[Array, tuple[Array, Array]]:
+  def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
     """[B, L, D] -> outputs [B, L, 2H] and the final states (forward, backward), [B, H] each."""
     chex.assert_rank(x, 3)
     forward, backward = (
       LSTM(self.features, name=name).weights(x.shape[-1]) for name in ("forward", "backward")
     )
-    outputs, finals = recurrence.bilstm(
-      x.swapaxes(0, 1), _valid_steps(x, valid), forward, backward
-    )
+    outputs, finals = recurrence.bilstm(x.swapaxes(0, 1), _valid_steps(x, valid), forward, backward)
     return jnp.concatenate(outputs, -1).swapaxes(0, 1), finals
 
 

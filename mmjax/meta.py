@@ -279,9 +279,16 @@ def m3s(
     keys = meta_keys(key, inner_steps, fresh_masks)
     start = jax.lax.stop_gradient(params) if order == "first" else params
     adapted, support_losses = adapt(
-      loss, mask, start, support, keys, extra, optimizer=optimizer, fresh_masks=fresh_masks,
+      loss,
+      mask,
+      start,
+      support,
+      keys,
+      extra,
+      optimizer=optimizer,
+      fresh_masks=fresh_masks,
       mode=mode,
-    )  # fmt: skip
+    )
     if order == "first":  # the value of θ*, the derivative of θ: dθ*/dθ = I
       adapted = jax.tree.map(lambda a, p: a + (p - jax.lax.stop_gradient(p)), adapted, params)
     value, aux = loss(adapted, mask(keys.query_mask, query), keys.query_loss, extra)

@@ -161,9 +161,7 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
   if name == "hold_linear":
     return optax.linear_schedule(peak, end, max(total_steps - hold, 1), hold)
   if name == "step":
-    return optax.exponential_decay(
-      peak, max(int(every * total_steps), 1), factor, staircase=True
-    )
+    return optax.exponential_decay(peak, max(int(every * total_steps), 1), factor, staircase=True)
   raise ValueError(f"unknown learning-rate schedule {name!r}.")
 
 

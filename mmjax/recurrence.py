@@ -215,9 +215,12 @@ def _chunked_bwd(reverse, kept, cotangents):
     i, f, g, o = _gates(x, h, w, bias)
     tanh_c = jnp.tanh(f * c + i * g)
     factors = (  # an array each: slices of a common one would make slow code
-      g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o),
+      g * i * (1 - i),
+      c * f * (1 - f),
+      i * (1 - g * g),
+      tanh_c * o * (1 - o),
       o * (1 - tanh_c * tanh_c),
-    )  # fmt: skip
+    )
     factors = tuple(jnp.where(valid, factor, 0) for factor in factors)
 
     def step(carry, inputs):

@@ -140,6 +140,9 @@ def open_dataset(
     builder, len(columns["id"]), example, {"text": text, "task": task}, moments, buffer
   )
   return dataset._replace(
-    train=train, valid=valid, test=test, spec=spec._replace(num_train=train.rows),
+    train=train,
+    valid=valid,
+    test=test,
+    spec=spec._replace(num_train=train.rows),
     ids={**dataset.ids, "train": [str(i) for i in columns["id"]]},
-  )  # fmt: skip
+  )

@@ -420,9 +420,7 @@ def _unstack(tree):
   return [jax.tree.map(lambda a, n=n: a[n], tree) for n in range(count)]
 
 
-def total_steps(
-  phase: types.Phase, epochs: int, rows: int, batch_size: int
-) -> int:
+def total_steps(phase: types.Phase, epochs: int, rows: int, batch_size: int) -> int:
   """Steps that a phase runs in a whole training of `epochs`; what its schedules last."""
   batch_size = min(batch_size, rows)
   return sum(_phase_steps(phase, epoch, rows, batch_size) for epoch in range(epochs))

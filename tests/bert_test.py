@@ -12,9 +12,14 @@ import safetensors.numpy
 from mmjax import bert
 
 SETTINGS = {
-  "vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
-  "intermediate_size": 8, "max_position_embeddings": 7, "model_type": "bert",
-}  # fmt: skip
+  "vocab_size": 11,
+  "hidden_size": 6,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 8,
+  "max_position_embeddings": 7,
+  "model_type": "bert",
+}
 CONFIG = bert.make_config(SETTINGS)
 IDS = np.array([[3, 4, 5, 2, 0], [3, 9, 2, 0, 0]])
 MASK = IDS > 0

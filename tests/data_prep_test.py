@@ -50,9 +50,16 @@ def test_a_pickle_that_would_run_a_command_is_refused_by_name(tmp_path, protocol
 
 @pytest.mark.parametrize(
   "name",
-  ["builtins.eval", "builtins.getattr", "numpy.load", "numpy.f2py.compile", "operator.attrgetter",
-   "numpy.core.multiarray.fromfile", "numpy.dtypes.os.system"],
-)  # fmt: skip
+  [
+    "builtins.eval",
+    "builtins.getattr",
+    "numpy.load",
+    "numpy.f2py.compile",
+    "operator.attrgetter",
+    "numpy.core.multiarray.fromfile",
+    "numpy.dtypes.os.system",
+  ],
+)
 def test_other_globals_are_refused(tmp_path, name):
   module, _, attribute = name.rpartition(".")
   (tmp_path / "a.pkl").write_bytes(f"c{module}\n{attribute}\n.".encode())
@@ -89,11 +96,17 @@ def test_a_python_2_pickle_is_read(tmp_path):
   """Byte strings outside of ASCII, and an array whose buffer is one, as Python 2 wrote them."""
   raw = np.array([1.5, -3e-30], np.float32)
   array = (
-    b"cnumpy.core.multiarray\n_reconstruct\n" b"cnumpy\nndarray\n" b"K\x00\x85" b"U\x01b\x87R"
-    b"(K\x01" b"K\x02\x85" b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R"
-    b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb" b"\x89"
+    b"cnumpy.core.multiarray\n_reconstruct\n"
+    b"cnumpy\nndarray\n"
+    b"K\x00\x85"
+    b"U\x01b\x87R"
+    b"(K\x01"
+    b"K\x02\x85"
+    b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R"
+    b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    b"\x89"
     b"U\x08" + raw.tobytes() + b"tb"
-  )  # fmt: skip
+  )
   (tmp_path / "a.pkl").write_bytes(b"\x80\x02}(U\x04caf\xe9U\x01xU\x01a" + array + b"u.")
   read = unpickle.load(tmp_path / "a.pkl")
   assert read["café"] == "x"
@@ -240,8 +253,12 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path):
   arrays = synthetic.make_arrays(seed=0, num_train=2000, num_valid=20, num_test=20)
   path, target = synthetic.write_pickle(tmp_path / "a.pkl", arrays), tmp_path / "data"
   flags = [f"--pickle={path}", "--dataset=any", f"--data_dir={target}"]
-  process = subprocess.Popen([sys.executable, "-m", "data_prep.convert", *flags], cwd=ROOT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+  process = subprocess.Popen(
+    [sys.executable, "-m", "data_prep.convert", *flags],
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   while not list(target.glob(".incomplete-any/any/*")):
     assert process.poll() is None
     time.sleep(0.01)

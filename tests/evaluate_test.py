@@ -66,9 +66,7 @@ def test_a_grid_is_traced_once():
 
 
 def test_rows_carry_condition_seed_and_metrics(expected):
-  rows = evaluate.robustness(
-    toy.make_system(), PARAMS, EXTRA, SPLIT, toy.SPEC, CONDITIONS, [0, 1]
-  )
+  rows = evaluate.robustness(toy.make_system(), PARAMS, EXTRA, SPLIT, toy.SPEC, CONDITIONS, [0, 1])
   assert [(r["condition"], r["mask_seed"]) for r in rows[:3]] == [("0", 0), ("0", 1), ("0.5", 0)]
   mae = np.abs(expected - SPLIT.label).mean(-1).ravel()
   np.testing.assert_allclose([r["mae"] for r in rows], mae, rtol=1e-5)
@@ -93,18 +91,32 @@ def test_methods_against_a_baseline(tmp_path, capsys):
   values = {"ORIG": [1.0, 1.2, 1.1], "M3S": [0.7, 0.9, 0.8]}
   rows = [
     {
-      "missing_rate": "0.4-0.6", "method": method, "seed": seed, "mask_seed": mask_seed,
-      "kind": "rate", "condition": condition, "mae": value + shift + (condition == "0.6-0.8"),
+      "missing_rate": "0.4-0.6",
+      "method": method,
+      "seed": seed,
+      "mask_seed": mask_seed,
+      "kind": "rate",
+      "condition": condition,
+      "mae": value + shift + (condition == "0.6-0.8"),
     }
     for condition in ("0.4-0.6", "0.5", "0.6-0.8")
     for method, runs in values.items()
     for seed, value in enumerate(runs)
     for mask_seed, shift in enumerate((-0.1, 0.1))
   ]
-  paper = pd.DataFrame([{
-    "model": "Self-MM", "dataset": "SIMS", "input_rate": "0.4-0.6", "test_rate": "0.4-0.6",
-    "method": "M3S", "metric": "mae", "value": 0.5053,
-  }])  # fmt: skip
+  paper = pd.DataFrame(
+    [
+      {
+        "model": "Self-MM",
+        "dataset": "SIMS",
+        "input_rate": "0.4-0.6",
+        "test_rate": "0.4-0.6",
+        "method": "M3S",
+        "metric": "mae",
+        "value": 0.5053,
+      }
+    ]
+  )
   table = report.comparison(rows, tmp_path, paper, model="self_mm", dataset="sims")
   orig, m3s, *shifted = table.to_dict("records")
   np.testing.assert_allclose([row["mean"] for row in shifted], [2.1, 1.8])
@@ -141,9 +153,13 @@ def test_tables_and_curves(tmp_path):
 
 def test_lines_have_a_panel_for_each_value(tmp_path):
   table = pd.DataFrame(
-    {"against": ["K", "K", "B", "B"], "value": [1, 2, 8, 16], "ms": [1.0, 2.0, 3.0, 4.0],
-     "order": ["first", "second"] * 2}
-  )  # fmt: skip
+    {
+      "against": ["K", "K", "B", "B"],
+      "value": [1, 2, 8, 16],
+      "ms": [1.0, 2.0, 3.0, 4.0],
+      "order": ["first", "second"] * 2,
+    }
+  )
   path = plots.lines(
     table, "ms", tmp_path / "growth.svg", panels="against", x="value", lines="order"
   )

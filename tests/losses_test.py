@@ -43,9 +43,7 @@ def test_task_loss_by_hand():
   np.testing.assert_allclose(losses.task_loss(regression="l1")(p, y), [0.5, 3.0])
   logits = jnp.log(jnp.array([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]]))
   for label in (jnp.array([2, 0]), jnp.array([2.0, 0.0])):
-    np.testing.assert_allclose(
-      losses.task_loss(3)(logits, label), -np.log([0.5, 0.1]), rtol=1e-5
-    )
+    np.testing.assert_allclose(losses.task_loss(3)(logits, label), -np.log([0.5, 0.1]), rtol=1e-5)
 
 
 def test_wrong_arguments_are_refused():
@@ -114,9 +112,10 @@ def test_info_nce_by_hand():
   x = jnp.eye(2) * 7  # the scale does not matter
   pair, cross = np.exp(1 / 0.5), np.exp(0)
   np.testing.assert_allclose(
-    losses.info_nce(x, jnp.eye(2), temperature=0.5), -np.log(pair / (pair + cross)) * np.ones(2),
+    losses.info_nce(x, jnp.eye(2), temperature=0.5),
+    -np.log(pair / (pair + cross)) * np.ones(2),
     rtol=1e-5,
-  )  # fmt: skip
+  )
   y = jnp.array([[1.0, 0.0], [1.0, 0.0]])  # row 1 of x meets two wrong partners
   np.testing.assert_allclose(losses.info_nce(x, y), np.log([2.0, 2.0]), rtol=1e-5)
   blank = x.at[1].set(0)  # a sample whose text is missing altogether
@@ -207,8 +206,7 @@ def test_gradients_equal_pytorch_on_the_published_formulas():
 
   def torch_difference():
     unit = [
-      (v - v.mean(0)) / ((v - v.mean(0)).norm(dim=1, keepdim=True).detach() + 1e-6)
-      for v in (a, b)
+      (v - v.mean(0)) / ((v - v.mean(0)).norm(dim=1, keepdim=True).detach() + 1e-6) for v in (a, b)
     ]
     return ((unit[0].T @ unit[1]) ** 2).mean()
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.goldens import masks as golden
+from experiments.parity.goldens import masks as golden
 from mmjax import masking, types
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -38,21 +38,21 @@ def make_batch(rows=6, length=12, tokens=True, seed=0, index=None) -> types.Batc
   ids = 1000 + rng.integers(0, 500, (rows, length)).astype(np.int32)
   dense = rng.normal(size=(rows, length, 5)).astype(np.float32)
   text = (
-    modality(0, ids, (rows, length), 100)
-    if tokens
-    else modality(0, dense, (rows, length, 1), 0)
+    modality(0, ids, (rows, length), 100) if tokens else modality(0, dense, (rows, length, 1), 0)
   )
   audio, vision = (
     modality(i, rng.normal(size=(rows, length, dim)).astype(np.float32), (rows, length, 1), 0)
     for i, dim in enumerate(FEATURES.values(), 1)
   )
   batch = types.Batch(
-    text, audio, vision,
+    text,
+    audio,
+    vision,
     label=np.zeros(rows, np.float32),
     index=np.arange(rows, dtype=np.int32) if index is None else index,
     weight=np.ones(rows, np.float32),
     info={},
-  )  # fmt: skip
+  )
   return jax.tree.map(jnp.asarray, batch)
 
 
@@ -60,9 +60,10 @@ def many(rows=4000, length=20, tokens=False) -> types.Batch:
   """Full-length samples, for distributions."""
   batch = make_batch(rows, length, tokens)
   return batch._replace(
-    **{n: getattr(batch, n)._replace(valid=jnp.ones((rows, length), bool)) for n in
-       types.MODALITIES}
-  )  # fmt: skip
+    **{
+      n: getattr(batch, n)._replace(valid=jnp.ones((rows, length), bool)) for n in types.MODALITIES
+    }
+  )
 
 
 def missing_rate(seen):
@@ -249,9 +250,7 @@ def drawn_subsets(mask):
 
 
 def test_random_drop_draws_its_subsets_equally_or_by_rate():
-  np.testing.assert_allclose(
-    drawn_subsets(masking.random_drop()), [0, *[1 / 6] * 6, 0], atol=0.02
-  )
+  np.testing.assert_allclose(drawn_subsets(masking.random_drop()), [0, *[1 / 6] * 6, 0], atol=0.02)
   p = 0.3
   chance = np.array([p ** bin(s).count("1") * (1 - p) ** (3 - bin(s).count("1")) for s in range(8)])
   np.testing.assert_allclose(
@@ -260,8 +259,9 @@ def test_random_drop_draws_its_subsets_equally_or_by_rate():
   chance[7] = 0  # never all three
   np.testing.assert_allclose(
     drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=p)),
-    chance / chance.sum(), atol=0.02,
-  )  # fmt: skip
+    chance / chance.sum(),
+    atol=0.02,
+  )
 
 
 def test_random_drop_at_the_ends_of_the_rate():
@@ -315,8 +315,10 @@ def test_a_samples_mask_depends_on_neither_batch_size_nor_order(name):
     moved = mask(key, batch._replace(index=batch.index + 6))
     other = draw(MASKS[name], batch, seed=1)
     for changed in (moved, other):
-      same = [np.array_equal(a, b) for a, b in
-              zip(seen_of(changed).values(), seen_of(whole).values(), strict=True)]  # fmt: skip
+      same = [
+        np.array_equal(a, b)
+        for a, b in zip(seen_of(changed).values(), seen_of(whole).values(), strict=True)
+      ]
       assert not all(same)
 
 
@@ -356,17 +358,27 @@ def test_a_grid_of_rates_compiles_once_and_equals_concrete_rates(make):
 def test_all_forms_of_a_rate_agree():
   batch, key = make_batch(), jax.random.key(0)
   forms = [
-    [0.3, np.float32(0.3), (0.3, 0.3), [0.3, 0.3, 0.3], np.full(3, 0.3), np.full((3, 2), 0.3),
-     dict.fromkeys(types.MODALITIES, 0.3), dict.fromkeys(types.MODALITIES, (0.3, 0.3))],
-    [(0.1, 0.9), jnp.array([0.1, 0.9]), ((0.1, 0.9),) * 3,
-     dict.fromkeys(types.MODALITIES, (0.1, 0.9))],
+    [
+      0.3,
+      np.float32(0.3),
+      (0.3, 0.3),
+      [0.3, 0.3, 0.3],
+      np.full(3, 0.3),
+      np.full((3, 2), 0.3),
+      dict.fromkeys(types.MODALITIES, 0.3),
+      dict.fromkeys(types.MODALITIES, (0.3, 0.3)),
+    ],
+    [
+      (0.1, 0.9),
+      jnp.array([0.1, 0.9]),
+      ((0.1, 0.9),) * 3,
+      dict.fromkeys(types.MODALITIES, (0.1, 0.9)),
+    ],
     [{"audio": (0.2, 0.5), "vision": 1.0}, ((0, 0), (0.2, 0.5), (1, 1))],
-  ]  # fmt: skip
+  ]
   for same in forms:
     for rate in same[1:]:
-      chex.assert_trees_all_equal(
-        masking.span(rate)(key, batch), masking.span(same[0])(key, batch)
-      )
+      chex.assert_trees_all_equal(masking.span(rate)(key, batch), masking.span(same[0])(key, batch))
 
 
 def test_traced_parts_of_a_rate():

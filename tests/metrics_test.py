@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from experiments.goldens import metrics as golden
+from experiments.parity.goldens import metrics as golden
 from mmjax import metrics, types
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -117,8 +117,11 @@ def test_predictions_of_any_shape_and_all_values_are_plain_floats():
   rng = np.random.default_rng(0)
   p, y = rng.normal(size=(8, 1)), rng.normal(size=(8, 1))
   assert metrics.sentiment(p, y) == metrics.sentiment(p[:, 0], y[:, 0])  # and no [8, 8] broadcast
-  for found in (metrics.sentiment(p, y), metrics.sims(p, y), metrics.classification(
-    np.eye(3)[[0, 1]], [0, 1])):  # fmt: skip
+  for found in (
+    metrics.sentiment(p, y),
+    metrics.sims(p, y),
+    metrics.classification(np.eye(3)[[0, 1]], [0, 1]),
+  ):
     assert all(type(value) is float for value in found.values())
 
 
@@ -143,9 +146,11 @@ def test_task_picks_its_metrics():
   assert metrics.for_task(spec._replace(label_range=(-1.0, 1.0))) is metrics.sims
   assert metrics.for_task(spec._replace(num_classes=4)) is metrics.classification
   for name, expected in {
-    "mosi": metrics.sentiment, "MOSEI": metrics.sentiment, "SIMSv2": metrics.sims,
+    "mosi": metrics.sentiment,
+    "MOSEI": metrics.sentiment,
+    "SIMSv2": metrics.sims,
     "iemocap": metrics.classification,
-  }.items():  # fmt: skip
+  }.items():
     assert metrics.for_task(name) is expected
   assert "acc7" in metrics.compute("my_data", [[0.5], [0.1]], [[1.0], [0.0]])
   assert "uar" in metrics.compute("my_data", [[0.5, 0.1], [0.1, 0.5]], [1, 0])
@@ -153,8 +158,9 @@ def test_task_picks_its_metrics():
 
 def test_every_metric_has_a_direction():
   found = {
-    *metrics.sentiment([0.0], [0.0]), *metrics.sims([0.0], [0.0]),
+    *metrics.sentiment([0.0], [0.0]),
+    *metrics.sims([0.0], [0.0]),
     *metrics.classification([[1.0, 0.0]], [0]),
-  }  # fmt: skip
+  }
   assert {name for name in found if not name.startswith("f1_")} <= set(metrics.METRICS)
   assert frozenset({"mae", "loss"}) == metrics.LOWER_IS_BETTER

@@ -65,9 +65,11 @@ def test_fine_tuning_on_real_text():
   seen = np.ones_like(mask)
   text = types.Modality(tokens[:, 0], mask, seen, np.full(8, 100, np.int32))
   silent = types.Modality(
-    np.zeros((8, 2, 3), np.float32), np.ones((8, 2), bool), np.ones((8, 2, 1), bool),
+    np.zeros((8, 2, 3), np.float32),
+    np.ones((8, 2), bool),
+    np.ones((8, 2, 1), bool),
     np.zeros(8, np.float32),
-  )  # fmt: skip
+  )
   batch = types.Batch(text, silent, silent, labels, np.arange(8), np.ones(8, np.float32), {})
   batch = jax.tree.map(jnp.asarray, batch)
   shape = types.ModalitySpec(2, 3)

@@ -28,13 +28,29 @@ BERT = dict(
 # Tiny settings by name, over the defaults of `make`.
 SETTINGS = {
   "almt": dict(
-    size=4, hidden_size=4, tokens=2, embedding_heads=1, text_heads=1, hyper_depth=2, hyper_heads=2,
-    fusion_hidden_size=4, fusion_depth=1, fusion_heads=1, bert=BERT,
+    size=4,
+    hidden_size=4,
+    tokens=2,
+    embedding_heads=1,
+    text_heads=1,
+    hyper_depth=2,
+    hyper_heads=2,
+    fusion_hidden_size=4,
+    fusion_depth=1,
+    fusion_heads=1,
+    bert=BERT,
   ),
   "cenet": dict(bert=BERT),
   "lnln": dict(
-    size=4, tokens=2, discriminator_size=3, depth=1, heads=1, hidden_size=4, hyper_depth=2,
-    hyper_heads=2, bert=BERT,
+    size=4,
+    tokens=2,
+    discriminator_size=3,
+    depth=1,
+    heads=1,
+    hidden_size=4,
+    hyper_depth=2,
+    hyper_heads=2,
+    bert=BERT,
   ),
   "misa": dict(hidden_size=4, bert=BERT),
   "mmim": dict(lstm_sizes=(3, 3), out_sizes=(4, 4), hidden_size=5, bert=BERT),
@@ -57,10 +73,17 @@ SETTINGS = {
     size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
   ),
   "tfr_net": dict(
-    size=4, heads=2, depth=1, memory_depth=1, temporal_heads=2, gate_sizes=(3, 2, 3), gate_depth=1,
-    hidden_size=4, bert=BERT,
+    size=4,
+    heads=2,
+    depth=1,
+    memory_depth=1,
+    temporal_heads=2,
+    gate_sizes=(3, 2, 3),
+    gate_depth=1,
+    hidden_size=4,
+    bert=BERT,
   ),
-}  # fmt: skip
+}
 # Systems whose published code reads the frames of padding too.
 READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn", "tfr_net")
 # Systems without any dropout of their own; BERT's is what is left.
@@ -311,7 +334,7 @@ def test_randomness_only_with_a_key(case):
 
 
 def test_misa_packs_with_the_lengths_that_it_is_told():
-  """"own" reads what lies beyond the text's length, "text" does not."""
+  """ "own" reads what lies beyond the text's length, "text" does not."""
   case = make_case("misa", "regression")
   audio = case.batch.audio._replace(valid=jnp.ones((ROWS, AUDIO[0]), bool))
   batch = case.batch._replace(audio=audio)

@@ -55,8 +55,10 @@ def assert_same(found, alone):
   expected = jax.tree.map(np.asarray, alone[-1].progress.state.params)
   chex.assert_trees_all_close(
     jax.tree.map(np.float32, found["params"], is_leaf=lambda x: isinstance(x, list)),
-    expected, rtol=1e-5, atol=1e-6,
-  )  # fmt: skip
+    expected,
+    rtol=1e-5,
+    atol=1e-6,
+  )
   for ours, theirs in zip(found["train"], alone, strict=True):
     np.testing.assert_allclose(ours["loss"], theirs.train["loss"], rtol=1e-5)
 

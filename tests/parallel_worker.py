@@ -62,9 +62,15 @@ def main(out, hosts="", data_dir=""):
     jax.tree.map(np.testing.assert_array_equal, *map(parallel.local, (again, reports[-1].progress)))
     steps.close()
   params = jax.tree.map(lambda a: np.asarray(a).tolist(), reports[-1].progress.state.params)
-  found = {"params": params, "train": [r.train for r in reports], "devices": jax.device_count(),
-           "seen": seen, "sums_over_devices": sums_over_devices(mesh),
-           "grid": predictions().tolist(), "lstm": lstm(mesh)}  # fmt: skip
+  found = {
+    "params": params,
+    "train": [r.train for r in reports],
+    "devices": jax.device_count(),
+    "seen": seen,
+    "sums_over_devices": sums_over_devices(mesh),
+    "grid": predictions().tolist(),
+    "lstm": lstm(mesh),
+  }
   (out / f"{jax.process_index()}.json").write_text(json.dumps(found))
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import parity
-from experiments.goldens import misa
+from experiments.parity.goldens import misa
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
@@ -96,8 +96,8 @@ def test_gradients_have_a_tolerance_of_their_own():
 
 def test_dispatch_on_the_files_name():
   for stem in ("misa", "MISA-big", "misa_2"):
-    assert parity.find(pathlib.Path(f"{stem}.npz")).__name__ == "experiments.goldens.misa"
-  assert parity.find(pathlib.Path("m3s.npz")).__name__ == "experiments.goldens.m3s"
+    assert parity.find(pathlib.Path(f"{stem}.npz")).__name__ == "experiments.parity.goldens.misa"
+  assert parity.find(pathlib.Path("m3s.npz")).__name__ == "experiments.parity.goldens.m3s"
   with pytest.raises(ValueError, match="starts with none of .*misa"):
     parity.find(pathlib.Path("other.npz"))
 
@@ -137,7 +137,6 @@ def test_pass_is_the_last_line(tmp_path, capsys):
 def test_files_that_cannot_be_compared(tmp_path, capsys):
   """One line that names the file and the mend, then FAIL."""
   arrays = parity.read(RECORDED)
-
 
   def outcome(name, **changes):
     kept = {key: v for key, v in (arrays | changes).items() if v is not None}
@@ -204,11 +203,14 @@ def record(torch, dims, lengths, valid, hidden, bert_shape, weights, classes):
   first_norm = add(f"{at}.embeddings.LayerNorm", nn.LayerNorm(text, eps=1e-12))
   add(f"{at}.pooler.dense", nn.Linear(text, text))
   blocks = [
-    add(f"block.{n}", nn.TransformerEncoderLayer(
-      text, heads, 2 * text, activation="gelu", layer_norm_eps=1e-12, batch_first=True
-    ).eval())
+    add(
+      f"block.{n}",
+      nn.TransformerEncoderLayer(
+        text, heads, 2 * text, activation="gelu", layer_norm_eps=1e-12, batch_first=True
+      ).eval(),
+    )
     for n in range(layers)
-  ]  # fmt: skip
+  ]
   rnns = {
     f"{m}rnn{n}": add(f"{m}rnn{n}", nn.LSTM(n * d, d, bidirectional=True, batch_first=True))
     for m, d in (("v", vision), ("a", audio))
@@ -297,9 +299,12 @@ def record(torch, dims, lengths, valid, hidden, bert_shape, weights, classes):
           yield f"{layer}.attention.self.{role}.{kind}", third
       else:
         where = {
-          "self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
-          "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm",
-        }[part.rpartition(".")[0]]  # fmt: skip
+          "self_attn.out_proj": "attention.output.dense",
+          "norm1": "attention.output.LayerNorm",
+          "linear1": "intermediate.dense",
+          "linear2": "output.dense",
+          "norm2": "output.LayerNorm",
+        }[part.rpartition(".")[0]]
         yield f"{layer}.{where}.{kind}", value
 
   parameters = dict(names.named_parameters())
@@ -309,14 +314,22 @@ def record(torch, dims, lengths, valid, hidden, bert_shape, weights, classes):
     for name, p in parameters.items()
   }
   settings = dict(
-    hidden_size=hidden, diff_weight=weights[0], sim_weight=weights[1], recon_weight=weights[2],
-    rnncell="lstm", num_classes=classes or 3,
+    hidden_size=hidden,
+    diff_weight=weights[0],
+    sim_weight=weights[1],
+    recon_weight=weights[2],
+    rnncell="lstm",
+    num_classes=classes or 3,
     train_mode="classification" if classes else "regression",
     bert_config=dict(
-      hidden_size=text, num_hidden_layers=layers, num_attention_heads=heads,
-      intermediate_size=2 * text, vocab_size=vocabulary, max_position_embeddings=positions,
+      hidden_size=text,
+      num_hidden_layers=layers,
+      num_attention_heads=heads,
+      intermediate_size=2 * text,
+      vocab_size=vocabulary,
+      max_position_embeddings=positions,
     ),
-  )  # fmt: skip
+  )
   return {
     "config": json.dumps(settings),
     "input/text_bert": torch.stack([ids.float(), mask, segments.float()], 1).numpy(),

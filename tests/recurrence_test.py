@@ -50,8 +50,12 @@ def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest)
       return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(x, weights)))
 
     forward_over_reverse = jax.jvp(gradient, (x, weights), (x, weights))[1]
-    return (loss(x, weights), gradient(x, weights), jax.grad(of_gradient, (0, 1))(x, weights),
-            forward_over_reverse)  # fmt: skip
+    return (
+      loss(x, weights),
+      gradient(x, weights),
+      jax.grad(of_gradient, (0, 1))(x, weights),
+      forward_over_reverse,
+    )
 
   with jax.enable_x64(True):
     found = jax.jit(all_of)(x, weights)

@@ -15,7 +15,11 @@ def make_rows():
   """MAE grows linearly with the rate, by another slope for each model."""
   return [
     {
-      "model": model, "kind": kind, "condition": condition, "seed": seed, "mask_seed": mask_seed,
+      "model": model,
+      "kind": kind,
+      "condition": condition,
+      "seed": seed,
+      "mask_seed": mask_seed,
       "mae": base + slope * (0.5 if kind == "missing" else float(condition)) + 0.1 * seed,
       "acc7": 0.3,
     }
@@ -23,7 +27,7 @@ def make_rows():
     for kind, condition in (("rate", "0"), ("rate", "0.5"), ("rate", "0.9"), ("missing", "la"))
     for seed in (0, 1)
     for mask_seed in (0, 1)
-  ]  # fmt: skip
+  ]
 
 
 def test_the_area_is_a_mean_over_the_rates():
@@ -70,8 +74,9 @@ def test_differences_from_a_baseline():
 def test_the_papers_ablations_are_those_of_the_config():
   paper = pd.read_csv(robust_report.PAPER, dtype={"table": str})
   paper = paper[paper["table"].isin(["4", "5", "7"])]["method"].str.removeprefix("LNLN ")
-  ours = {name for key in ("components", "regularization", "weights") for name in
-          lnln.ABLATIONS[key]}  # fmt: skip
+  ours = {
+    name for key in ("components", "regularization", "weights") for name in lnln.ABLATIONS[key]
+  }
   assert set(paper) == ours
 
 
@@ -108,7 +113,7 @@ def test_the_page_holds_everything(tmp_path, capsys):
   page = path.read_text(encoding="utf-8")
   assert page.count("data:image/png;base64,") == 3
   assert "lnln,&lt;b&gt;" in page and "TEST ORACLE" in page
-  assert "http://" not in page and "src=\"/" not in page  # self-contained
+  assert "http://" not in page and 'src="/' not in page  # self-contained
   assert (tmp_path / "confusion.png").stat().st_size > 5000
   for name in ("average_rate", "average_missing", "rate", "missing", "beside_paper", "differences"):
     assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 0

@@ -114,8 +114,10 @@ def test_mmins_student_begins_as_its_teacher_and_is_what_gets_selected():
     system=system,
     method=lambda key: functools.partial(meta.sampled_missing, mask=masking.span(0.5)),
     optimizers={p: optim.make(learning_rate=rate) for p, rate in rates.items()},
-    batch_size=5, epochs=4, patience=2,
-  )  # fmt: skip
+    batch_size=5,
+    epochs=4,
+    patience=2,
+  )
   key, scores = jax.random.key(0), iter([0.1, 0.2, 0.5, 0.4])  # the first two do not count
   start = train.start(plan, data, spec, key)
   reports = train.fit(plan, data, lambda params, extra: {"mae": next(scores)}, start, key)

@@ -26,11 +26,18 @@ RULES = (
 @pytest.fixture
 def state():
   shapes = {
-    "dense.weight": (2, 3), "dense.bias": (2,), "norm.weight": (2,), "norm.bias": (2,),
-    "conv.weight": (4, 3, 5), "words.weight": (6, 3), "unused.weight": (7, 7),
-    "rnn.weight_ih_l0": (8, 3), "rnn.weight_hh_l0": (8, 2), "rnn.bias_ih_l0": (8,),
+    "dense.weight": (2, 3),
+    "dense.bias": (2,),
+    "norm.weight": (2,),
+    "norm.bias": (2,),
+    "conv.weight": (4, 3, 5),
+    "words.weight": (6, 3),
+    "unused.weight": (7, 7),
+    "rnn.weight_ih_l0": (8, 3),
+    "rnn.weight_hh_l0": (8, 2),
+    "rnn.bias_ih_l0": (8,),
     "rnn.bias_hh_l0": (8,),
-  }  # fmt: skip
+  }
   random = np.random.default_rng(0)
   return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 

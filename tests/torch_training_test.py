@@ -60,9 +60,12 @@ class SelfMM(nn.Module):
 
 
 SETTINGS = dict(
-  lstm_sizes=(5, 6), out_sizes=(4, 3), head_sizes=(8, 6, 4, 5), pooling="first",
+  lstm_sizes=(5, 6),
+  out_sizes=(4, 3),
+  head_sizes=(8, 6, 4, 5),
+  pooling="first",
   head_dropout=(0.0, 0.0, 0.0, 0.0),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +138,16 @@ def test_training_there_and_here(folder, tmp_path):
   save(tmp_path / "trained.pth")
 
   command = [
-    sys.executable, "-m", "experiments.import_torch", "--model=self_mm",
-    f"--checkpoint={tmp_path / 'trained.pth'}", f"--config={self_mm.__file__}:tiny",
-    f"--data_dir={folder / 'data'}", f"--out={tmp_path / 'run'}",
+    sys.executable,
+    "-m",
+    "experiments.import_torch",
+    "--model=self_mm",
+    f"--checkpoint={tmp_path / 'trained.pth'}",
+    f"--config={self_mm.__file__}:tiny",
+    f"--data_dir={folder / 'data'}",
+    f"--out={tmp_path / 'run'}",
     *(f"--config.model.{name}={value}" for name, value in SETTINGS.items()),
-  ]  # fmt: skip
+  ]
   done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
   assert done.returncode == 0, done.stderr
   assert "experiments.evaluate" in done.stdout

@@ -84,9 +84,10 @@ def prepare(model: str, setting: Setting) -> Case:
   system = MODELS[model]()
   text, *others = setting.shapes
   spec = types.Spec(
-    types.ModalitySpec(*text, setting.tokens), *(types.ModalitySpec(*shape) for shape in others),
+    types.ModalitySpec(*text, setting.tokens),
+    *(types.ModalitySpec(*shape) for shape in others),
     num_train=2 * setting.rows,
-  )  # fmt: skip
+  )
   params, extra = jax.jit(lambda key: system.init(key, spec))(jax.random.key(0))
   whole = system.phases[0].loss
 
@@ -103,9 +104,13 @@ def _keep(key, batch):
 def ours(case: Case, order: int, k: int, mesh: jax.sharding.Mesh | None = None):
   """`(params, batch, key, extra) -> ((loss, aux), meta-gradients)`, as the configs set M³S."""
   loss = meta.m3s(
-    parallel.share(case.loss, mesh), _keep, inner_steps=k, inner_optimizer=optax.sgd(RATE),
-    order=ORDERS[order], mode="mixed",
-  )  # fmt: skip
+    parallel.share(case.loss, mesh),
+    _keep,
+    inner_steps=k,
+    inner_optimizer=optax.sgd(RATE),
+    order=ORDERS[order],
+    mode="mixed",
+  )
   return jax.value_and_grad(loss, has_aux=True)
 
 

@@ -35,10 +35,11 @@ _MODELS = flags.DEFINE_list("models", list(cases.MODELS), "Which systems.")
 _STEPS = flags.DEFINE_list("k", ["1", "3", "5"], "Numbers of inner steps.")
 _ORDERS = flags.DEFINE_list("orders", ["1", "2"], "First order, second order.")
 _ALSO = flags.DEFINE_list(
-  "also", ["grid", "seeds", "growth", "memory"],
+  "also",
+  ["grid", "seeds", "growth", "memory"],
   "grid: a robustness grid against a PyTorch loop; seeds: three at once against one;"
   " growth: cost against K, batch and length; memory: of K = 20.",
-)  # fmt: skip
+)
 _SECONDS = flags.DEFINE_float("seconds", 8.0, "Time for the iterations of one comparison.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 _FIGURE = flags.DEFINE_string("figure", None, "File for the figure of `growth`.")
@@ -96,12 +97,19 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
     ours_s, peer_s = alternate(step.run, run_theirs)
     rows.append(
       {
-        "setting": name, "model": model, "order": order, "k": k, "peer": peer,
-        "ours_s": ours_s, "peer_s": peer_s, "ratio": peer_s / ours_s,
-        "temp_bytes": step.temp_bytes, "naive_temp_bytes": naive_bytes,
+        "setting": name,
+        "model": model,
+        "order": order,
+        "k": k,
+        "peer": peer,
+        "ours_s": ours_s,
+        "peer_s": peer_s,
+        "ratio": peer_s / ours_s,
+        "temp_bytes": step.temp_bytes,
+        "naive_temp_bytes": naive_bytes,
         "compile_s": step.compile_s,
       }
-    )  # fmt: skip
+    )
   return rows
 
 
@@ -126,9 +134,13 @@ def compare_grids(name: str, model: str) -> dict:
   run_theirs()
   ours_s, peer_s = alternate(run_ours, run_theirs)
   return {
-    "setting": name, "model": model, "ours_s": ours_s, "peer_s": peer_s,
-    "ratio": peer_s / ours_s, "compile_s": took - ours_s,
-  }  # fmt: skip
+    "setting": name,
+    "model": model,
+    "ours_s": ours_s,
+    "peer_s": peer_s,
+    "ratio": peer_s / ours_s,
+    "compile_s": took - ours_s,
+  }
 
 
 def compare_seeds(name: str, model: str, order: int, k: int, seeds: int = 3) -> dict:
@@ -149,9 +161,14 @@ def compare_seeds(name: str, model: str, order: int, k: int, seeds: int = 3) -> 
   run_one(), run_together()
   one_s, together_s = alternate(run_one, run_together)
   return {
-    "setting": name, "model": model, "order": order, "k": k, "one_s": one_s,
-    "together_s": together_s, "cost": together_s / one_s,
-  }  # fmt: skip
+    "setting": name,
+    "model": model,
+    "order": order,
+    "k": k,
+    "one_s": one_s,
+    "together_s": together_s,
+    "cost": together_s / one_s,
+  }
 
 
 def measure(model: str, setting: cases.Setting, order: int, k: int) -> tuple[float, int]:
@@ -168,8 +185,15 @@ def growth(model: str = "self_mm") -> list[dict]:
 
   def add(name, value, setting, order, k):
     seconds, temporaries = measure(model, setting, order, k)
-    rows.append({"against": name, "value": value, "order": order, "seconds": seconds,
-                 "temp_bytes": temporaries})  # fmt: skip
+    rows.append(
+      {
+        "against": name,
+        "value": value,
+        "order": order,
+        "seconds": seconds,
+        "temp_bytes": temporaries,
+      }
+    )
 
   text, audio, vision = cases.ALIGNED
   for order in cases.ORDERS:
@@ -191,10 +215,15 @@ def compare_memory(name: str = "unaligned_b128", model: str = "self_mm", k: int 
   params = sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[0]))
   found, naive = cases.temporaries(step), cases.naive_temporaries(case, 2, k)
   return {
-    "setting": name, "model": model, "k": k, "temp_bytes": found, "naive_temp_bytes": naive,
-    "ratio": naive / found, "bytes_per_step": (found - cases.temporaries(one)) / (k - 1),
+    "setting": name,
+    "model": model,
+    "k": k,
+    "temp_bytes": found,
+    "naive_temp_bytes": naive,
+    "ratio": naive / found,
+    "bytes_per_step": (found - cases.temporaries(one)) / (k - 1),
     "parameter_bytes": params,
-  }  # fmt: skip
+  }
 
 
 def draw(rows: list[dict], path: str) -> None:

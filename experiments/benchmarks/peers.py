@@ -339,9 +339,7 @@ def make_grid(
         generator = torch.Generator(DEVICE).manual_seed(seed)
         for batch in batches:
           draws = {
-            f"{m}_seen": torch.rand(
-              batch[f"{m}_seen"].shape, generator=generator, device=DEVICE
-            )
+            f"{m}_seen": torch.rand(batch[f"{m}_seen"].shape, generator=generator, device=DEVICE)
             for m in types.MODALITIES
           }
           module({**batch, **{name: (u >= rate).float() for name, u in draws.items()}})
@@ -351,8 +349,11 @@ def make_grid(
 
 
 PEERS = {
-  "torch": plain, "torch.func": functional, "higher": higher_steps, "torchopt": torchopt_steps,
-}  # fmt: skip
+  "torch": plain,
+  "torch.func": functional,
+  "higher": higher_steps,
+  "torchopt": torchopt_steps,
+}
 BY_HAND = ("torch.func", "torchopt")  # they cannot transform the native LSTM
 
 

@@ -78,9 +78,13 @@ def compare(model: str, held: data.Dataset, streamed: data.Dataset) -> dict:
         times[name].append((time.perf_counter() - began) / _STEPS.value)
   memory_s, stream_s = (statistics.median(times[name]) for name in ("memory", "stream"))
   return {
-    "model": model, "rows": streamed.train.rows, "batch_size": _BATCH_SIZE.value,
-    "memory_s": memory_s, "stream_s": stream_s, "speed": memory_s / stream_s,
-  }  # fmt: skip
+    "model": model,
+    "rows": streamed.train.rows,
+    "batch_size": _BATCH_SIZE.value,
+    "memory_s": memory_s,
+    "stream_s": stream_s,
+    "speed": memory_s / stream_s,
+  }
 
 
 def main(argv):

@@ -49,9 +49,12 @@ class Almt(nn.Module):
     for name, x in inputs.items():
       x = layers.Dense(self.size, name=f"project_{name}")(x)
       embed = hyper_layers.TokenTransformer(
-        self.embedding_depth, self.embedding_heads[name], self.hidden_size, self.tokens,
+        self.embedding_depth,
+        self.embedding_heads[name],
+        self.hidden_size,
+        self.tokens,
         name=f"embed_{name}",
-      )  # fmt: skip
+      )
       out[f"embedded_{name}"] = embed(x)[-1]
       kept[name] = out[f"embedded_{name}"][:, : self.tokens]
     scales = hyper_layers.TokenTransformer(
@@ -113,9 +116,20 @@ def make(
 
   def network(num_outputs):
     return Almt(
-      num_outputs, size, hidden_size, tokens, embedding_depth, dict(embedding_heads), text_heads,
-      hyper_depth, hyper_heads, fusion_hidden_size, fusion_depth, fusion_heads, encoder.config,
-    )  # fmt: skip
+      num_outputs,
+      size,
+      hidden_size,
+      tokens,
+      embedding_depth,
+      dict(embedding_heads),
+      text_heads,
+      hyper_depth,
+      hyper_heads,
+      fusion_hidden_size,
+      fusion_depth,
+      fusion_heads,
+      encoder.config,
+    )
 
   def apply(params, batch, key=None):
     rngs = None if key is None else {"dropout": key}

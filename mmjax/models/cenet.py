@@ -137,8 +137,10 @@ TORCH_RULES = (
       (rf"bert\.encoder\.CE\.{transform}\.0\.(weight|bias)", rf"enhancement/{name}_1/\1"),
       (rf"bert\.encoder\.CE\.{transform}\.2\.(weight|bias)", rf"enhancement/{name}_2/\1"),
       *(
-        (rf"bert\.encoder\.CE\.{attention}\.{theirs}\.(weight|bias)",
-         rf"enhancement/{name}_{ours}/\1")
+        (
+          rf"bert\.encoder\.CE\.{attention}\.{theirs}\.(weight|bias)",
+          rf"enhancement/{name}_{ours}/\1",
+        )
         for theirs, ours in _ROLES.items()
       ),
     )
@@ -146,4 +148,4 @@ TORCH_RULES = (
   (r"bert\.encoder\.CE\.cat_connect\.(weight|bias)", r"enhancement/connect/\1"),
   (r"classifier\.dense\.(weight|bias)", r"head_1/\1"),
   (r"classifier\.out_proj\.(weight|bias)", r"head_2/\1"),
-)  # fmt: skip
+)

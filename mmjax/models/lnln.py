@@ -88,9 +88,14 @@ class Lnln(nn.Module):
   def __call__(self, batch: types.Batch, train: bool) -> dict[str, Array]:
     """`train` adds what the losses need: the tokens of the complete data, and their use."""
     embedding = Embedding(
-      self.size, self.tokens, self.depth["embedding"], self.heads["embedding"],
-      self.hidden_size["embedding"], self.bert, name="embedding",
-    )  # fmt: skip
+      self.size,
+      self.tokens,
+      self.depth["embedding"],
+      self.heads["embedding"],
+      self.hidden_size["embedding"],
+      self.bert,
+      name="embedding",
+    )
     out = embedding(batch)
     complete = embedding(masking.complete(batch)) if train else None
     text = out["text"]
@@ -116,9 +121,12 @@ class Lnln(nn.Module):
 
   def _transformer(self, part, name=None, tokens=0):
     return hyper_layers.TokenTransformer(
-      self.depth[part], self.heads[part], self.hidden_size[part], tokens,
+      self.depth[part],
+      self.heads[part],
+      self.hidden_size[part],
+      tokens,
       name=part if name is None else f"{part}_{name}",
-    )  # fmt: skip
+    )
 
   def _correct(self, seen: Mapping[str, Array]) -> dict[str, Array]:
     """Dominant modality correction (§3.4): w, the proxy, and the text that both make up."""
@@ -134,9 +142,12 @@ class Lnln(nn.Module):
       proxy = layers.reverse_gradient(proxy)
     corrected = proxy * (1 - w[:, :, None]) + seen["text"] * w[:, :, None]
     return {
-      "completeness_states": states, "w": w, "generated": generated, "proxy": proxy,
+      "completeness_states": states,
+      "w": w,
+      "generated": generated,
+      "proxy": proxy,
       "corrected": corrected,
-    }  # fmt: skip
+    }
 
   def _fuse(self, text: Array, seen: Mapping[str, Array]) -> dict[str, Array]:
     """Dominant modality based multimodal learning (§3.5): "feature" [B, D] and what led there."""
@@ -229,10 +240,22 @@ def make(
 
   def network(num_outputs):
     return Lnln(
-      num_outputs, size, tokens, discriminator_size, by_part(depth, text=hyper_depth - 1),
-      by_part(heads), by_part(hidden_size), hyper_depth, hyper_heads, correction, hyper_learning,
-      reconstruction, reversal, proxy, encoder.config,
-    )  # fmt: skip
+      num_outputs,
+      size,
+      tokens,
+      discriminator_size,
+      by_part(depth, text=hyper_depth - 1),
+      by_part(heads),
+      by_part(hidden_size),
+      hyper_depth,
+      hyper_heads,
+      correction,
+      hyper_learning,
+      reconstruction,
+      reversal,
+      proxy,
+      encoder.config,
+    )
 
   def apply(params, batch, key=None, train=False):
     rngs = None if key is None else {"dropout": key}

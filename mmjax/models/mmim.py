@@ -168,8 +168,9 @@ def entropy(
     current = [moments(out[f"projected_{pair}"], side) for side in (label > 0, label < 0)]
     now[pair] = jax.tree.map(lambda *sides: jnp.stack(sides), *current)
     both = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), past, now[pair])
-    found = [log_determinant(total_moments(jax.tree.map(lambda a, n=n: a[:, n], both)))
-             for n in range(2)]  # fmt: skip
+    found = [
+      log_determinant(total_moments(jax.tree.map(lambda a, n=n: a[:, n], both))) for n in range(2)
+    ]
     (positive, positive_exists), (negative, negative_exists) = found
     total += jnp.where(positive_exists & negative_exists, 0.25 * (positive + negative), 0.0)
   return total, now
@@ -233,10 +234,13 @@ def make(
       return xavier_normal(jax.random.fold_in(key, 1), params)
 
     slots = {
-      pair: Memory(jnp.zeros((memory_size, 2)), jnp.zeros((memory_size, 2, size // 4)),
-                   jnp.zeros((memory_size, 2, size // 4, size // 4)))
+      pair: Memory(
+        jnp.zeros((memory_size, 2)),
+        jnp.zeros((memory_size, 2, size // 4)),
+        jnp.zeros((memory_size, 2, size // 4, size // 4)),
+      )
       for pair, size in zip(PAIRS, (out_sizes[1], out_sizes[0]), strict=True)
-    }  # fmt: skip
+    }
     zero = jnp.int32(0)
     extra = {"epoch": zero, "memory_epoch": zero, "batches": zero, "memory": slots}
     return encoder.with_weights(init_params(key)), {} if spec.num_classes else extra
@@ -267,9 +271,7 @@ def make(
     value, now = entropy(out, batch.label, memory)
     parts["H"] = jnp.where(batches > memory_size, value, 0.0)
     memory = jax.tree.map(lambda slots, new: slots.at[batches % memory_size].set(new), memory, now)
-    extra = {
-      **extra, "memory_epoch": extra["epoch"], "batches": batches + 1, "memory": memory
-    }  # fmt: skip
+    extra = {**extra, "memory_epoch": extra["epoch"], "batches": batches + 1, "memory": memory}
     return total - mi_weight * parts["H"], types.Aux(parts, extra)
 
   phases = (

@@ -216,9 +216,11 @@ def make(
     sizes = tuple(classifier_sizes)
     teacher = Teacher(encoders, Classifier(sizes, num_outputs, dropout, False))
     student = Student(
-      encoders.copy(), cascade, None if share_weight else cascade.copy(),
+      encoders.copy(),
+      cascade,
+      None if share_weight else cascade.copy(),
       Classifier(sizes, num_outputs, dropout, batch_norm),
-    )  # fmt: skip
+    )
     return teacher, student
 
   def apply(params, batch, extra, who, key=None, train=False):
@@ -277,9 +279,7 @@ def make(
 
   phases = (
     types.Phase("teacher", teacher_loss, "^teacher/", epochs=(0, teacher_epochs)),
-    types.Phase(
-      "student", student_loss, "^student/", epochs=(teacher_epochs, None), enter=enter
-    ),
+    types.Phase("student", student_loss, "^student/", epochs=(teacher_epochs, None), enter=enter),
   )
   layers_per_block = 2 + batch_norm + (dropout > 0)  # of PyTorch's classifier, for its numbering
   rules = torch_rules(len(classifier_sizes), layers_per_block)

@@ -175,9 +175,13 @@ def multitask_loss(
   label = {task: extra["label"][task].at[batch.index].set(known[task]) for task in TASKS}
   features = {task: jax.lax.stop_gradient(out[f"feature_{task}"]) for task in TASKS}
   successor = update_tables(
-    {"label": label, "feature": extra["feature"]}, features, batch.index, extra["epoch"],
-    bound=bound, exclude_zero=exclude_zero,
-  )  # fmt: skip
+    {"label": label, "feature": extra["feature"]},
+    features,
+    batch.index,
+    extra["epoch"],
+    bound=bound,
+    exclude_zero=exclude_zero,
+  )
   return sum(parts.values()), types.Aux(parts, {**extra, **successor})
 
 

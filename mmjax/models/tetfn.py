@@ -92,9 +92,15 @@ class Tetfn(nn.Module):
 
   def _transformer(self, name, depth, attention_dropout, positions=False):
     return crossmodal.CrossmodalTransformer(
-      self.heads, depth, attention_dropout, self.relu_dropout, self.residual_dropout,
-      self.embedding_dropout, positions=positions, name=name,
-    )  # fmt: skip
+      self.heads,
+      depth,
+      attention_dropout,
+      self.relu_dropout,
+      self.residual_dropout,
+      self.embedding_dropout,
+      positions=positions,
+      name=name,
+    )
 
 
 def make(
@@ -137,10 +143,19 @@ def make(
 
   def network(num_outputs):
     return Tetfn(
-      num_outputs, size, heads, tuple(lstm_sizes), tuple(kernel_sizes), tuple(attention_dropout),
-      relu_dropout, residual_dropout, embedding_dropout, tuple(head_sizes), tuple(head_dropout),
+      num_outputs,
+      size,
+      heads,
+      tuple(lstm_sizes),
+      tuple(kernel_sizes),
+      tuple(attention_dropout),
+      relu_dropout,
+      residual_dropout,
+      embedding_dropout,
+      tuple(head_sizes),
+      tuple(head_dropout),
       encoder.config,
-    )  # fmt: skip
+    )
 
   def apply(params, batch, key=None):
     rngs = None if key is None else {"dropout": key}

@@ -100,9 +100,7 @@ class TfrNet(nn.Module):
       memory = self._transformer(f"{name}_memory", self.heads, self.memory_depth, dropout["text"])
       found = [memory(x[name])]
       for source in (m for m in types.MODALITIES if m != name):
-        attend = self._transformer(
-          f"{name}_with_{source}", self.heads, self.depth, dropout[source]
-        )
+        attend = self._transformer(f"{name}_with_{source}", self.heads, self.depth, dropout[source])
         found.append(attend(x[name], x[source]))
         out[f"{name}_with_{source}"] = found[-1]
       out[f"memory_{name}"], h = found[0], jnp.concatenate(found, -1)
@@ -167,7 +165,7 @@ def loss_parts(
   weights: Sequence[float],
   similarity_weight: float,
 ) -> dict[str, Array]:
-  """"pred", "gen_text", "gen_audio", "gen_vision" and their weighted sum "gen"."""
+  """ "pred", "gen_text", "gen_audio", "gen_vision" and their weighted sum "gen"."""
   prediction = out["prediction"]
   task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1], "l1")
   parts = {"pred": task(prediction, batch.label).mean()}
@@ -227,10 +225,23 @@ def make(
   def apply(params, batch, extra, key=None, *, train=False, num_outputs=None):
     num_outputs = num_outputs or params["head_2"]["bias"].shape[0]
     module = TfrNet(
-      num_outputs, size, heads, depth, memory_depth, temporal_heads, tuple(kernel_sizes),
-      tuple(gate_sizes), gate_depth, hidden_size, text_dropout, tuple(attention_dropout),
-      transformer_dropout, gate_dropout, head_dropout, encoder.config,
-    )  # fmt: skip
+      num_outputs,
+      size,
+      heads,
+      depth,
+      memory_depth,
+      temporal_heads,
+      tuple(kernel_sizes),
+      tuple(gate_sizes),
+      gate_depth,
+      hidden_size,
+      text_dropout,
+      tuple(attention_dropout),
+      transformer_dropout,
+      gate_dropout,
+      head_dropout,
+      encoder.config,
+    )
     if params is None:
       return module.init(key, batch, generate=True, train=False)
     rngs = None if key is None else {"dropout": key}

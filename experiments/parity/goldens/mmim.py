@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax import losses
 from mmjax.models import mmim
 
-FEATURES = {"Feature_t": "utt_text", "Feature_a": "utt_audio", "Feature_v": "utt_vision",
-            "Feature_f": "fusion"}  # fmt: skip
+FEATURES = {
+  "Feature_t": "utt_text",
+  "Feature_a": "utt_audio",
+  "Feature_v": "utt_vision",
+  "Feature_f": "fusion",
+}
 
 
 def memory(z: goldens.Arrays, size: int) -> dict[str, mmim.Memory]:
@@ -74,6 +78,12 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   yield from goldens.compare_outputs(z, named)
   yield from goldens.compare_loss(z, system, main.loss, params, batch, extra)
   yield from goldens.compare_loss(
-    z, system, mi.loss, params, batch, extra,
-    total="loss/stage0_neg_lld", gradients="grad_stage0_neg_lld/",
-  )  # fmt: skip
+    z,
+    system,
+    mi.loss,
+    params,
+    batch,
+    extra,
+    total="loss/stage0_neg_lld",
+    gradients="grad_stage0_neg_lld/",
+  )

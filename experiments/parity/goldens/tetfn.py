@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from experiments import goldens
-from experiments.goldens import self_mm
+from experiments.parity import goldens
+from experiments.parity.goldens import self_mm
 from mmjax.models import tetfn
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax import types
 from mmjax.models import self_mm
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax.models import almt
 
 # Recorded names of intermediates -> ours; those of layers follow from their number.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax import bert
 from mmjax.models import lnln
 
@@ -80,9 +80,15 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     **settings,
   )
   module = lnln.Lnln(
-    num_outputs=1, correction=True, hyper_learning=True, reconstruction=True, reversal="proxy",
-    proxy="generator", bert=bert.make_config(config["bert_config"]), **settings,
-  )  # fmt: skip
+    num_outputs=1,
+    correction=True,
+    hyper_learning=True,
+    reconstruction=True,
+    reversal="proxy",
+    proxy="generator",
+    bert=bert.make_config(config["bert_config"]),
+    **settings,
+  )
   batch = read_batch(z)
   params = goldens.params(system, goldens.spec(batch), z)
   out = jax.jit(lambda p: module.apply({"params": p}, batch, True))(params)

@@ -21,9 +21,7 @@ ADAM_RATE = 1e-3  # of the recorded outer Adam steps
 
 def compare(z: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
   """Yields (group, name, ours, recorded) for every precision, mode and case in the file."""
-  cases = sorted(
-    {tuple(k.split("/")[:3]) for k in z if re.match(r"f(32|64)/\w+/(K\d|theta0)", k)}
-  )
+  cases = sorted({tuple(k.split("/")[:3]) for k in z if re.match(r"f(32|64)/\w+/(K\d|theta0)", k)})
 
   def check(case):
     precision, mode, name = case
@@ -40,9 +38,7 @@ def compare(z: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarray,
 
 
 def _params(z, dtype):
-  return {
-    entry["name"]: jnp.asarray(z[f"param0/{entry['name']}"], dtype) for entry in _spec(z)
-  }
+  return {entry["name"]: jnp.asarray(z[f"param0/{entry['name']}"], dtype) for entry in _spec(z)}
 
 
 def _spec(z):
@@ -104,9 +100,12 @@ def _encode(params, batch):
     weights = {
       ours: params[f"{name}.{theirs}_l0"].T
       for ours, theirs in (
-        ("w_ih", "weight_ih"), ("w_hh", "weight_hh"), ("b_ih", "bias_ih"), ("b_hh", "bias_hh"),
+        ("w_ih", "weight_ih"),
+        ("w_hh", "weight_hh"),
+        ("b_ih", "bias_ih"),
+        ("b_hh", "bias_hh"),
       )
-    }  # fmt: skip
+    }
     lstm = layers.LSTM(weights["w_hh"].shape[0])
     return lstm.apply({"params": weights}, masking.observed(m), m.valid)[1]
 
@@ -179,9 +178,7 @@ def _meta_step(z, mode, case, dtype):
   @jax.jit
   def everything(params):  # one program: compiling is what takes the time
     support, _ = meta.split_support_query(batch)
-    adapted = meta.adapt(
-      loss, mask, params, support, keys, {}, optimizer=inner, fresh_masks=fresh
-    )
+    adapted = meta.adapt(loss, mask, params, support, keys, {}, optimizer=inner, fresh_masks=fresh)
     grads = {
       order: jax.value_and_grad(meta_loss, has_aux=True)(params, batch, key, {})
       for order, meta_loss in meta_losses.items()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax import layers, masking, optim, torch_import, types
 from mmjax.models import mmin
 
@@ -261,9 +261,11 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     yield from compare_student(z, prefix, other, load(other, own), batch, extra)
 
   module = mmin.Teacher(
-    encoders, mmin.Classifier(tuple(int(n) for n in config["cls_layers"].split(",")),
-                              config["output_dim"], 0.0, False),
-  )  # fmt: skip
+    encoders,
+    mmin.Classifier(
+      tuple(int(n) for n in config["cls_layers"].split(",")), config["output_dim"], 0.0, False
+    ),
+  )
   out = module.apply({"params": params["teacher"]}, masking.complete(batch))
   value = jax.jit(system.phases[0].loss)(params, batch, None, {})[0]
   found = {"feat": out["embedding"], "logits": out["scores"]}

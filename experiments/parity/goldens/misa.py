@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax.models import misa
 
 # Intermediates by the names that they were recorded under.

@@ -1,29 +1,15 @@
-"""Compares a port with arrays recorded from the published code.
-
-python -m experiments.parity --golden=misa.npz
-
-The file's name says what it holds. Prints a row per group of tensors with the worst error,
-relative to the tensor's largest magnitude, and ends with PASS or FAIL (exit code 0 or 1).
-"""
+"""Compares ports with arrays recorded from the published code: `python -m experiments.parity`."""
 
 import importlib
 import pathlib
 import pkgutil
-import sys
 import zipfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import numpy as np
-import tabulate
-from absl import app, flags
 
-from experiments import goldens
-
-_GOLDEN = flags.DEFINE_string("golden", None, "The recorded file, NAME.npz or NAME-….npz.")
-_TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Largest relative error.")
-_GRAD_TOLERANCE = flags.DEFINE_float("grad_tolerance", 1e-3, "The same for gradients.")
+from experiments.parity import goldens
 
 # A tensor that should be zero (the bias of attention keys has no gradient) holds rounding noise
 # on both sides; its error is taken relative to this share of the group's largest magnitude.
@@ -51,7 +37,7 @@ def find(path: pathlib.Path):
   known = [name for name in names() if stem.startswith(name)]
   if not known:
     raise ValueError(f"the file's name starts with none of {', '.join(names())}.")
-  return importlib.import_module(f"experiments.goldens.{max(known, key=len)}")
+  return importlib.import_module(f"experiments.parity.goldens.{max(known, key=len)}")
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -96,31 +82,3 @@ def _error(ours: np.ndarray, theirs: np.ndarray, floor: float) -> float:
   if not np.isfinite(error):
     return float("inf")
   return float(error / scale) if scale else float("inf") if error else 0.0
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round more by default
-  path = pathlib.Path(_GOLDEN.value)
-  try:
-    module, arrays = find(path), read(path)
-    compared = list(module.compare(arrays))
-  except (KeyError, ValueError) as error:
-    lacks = f"lacks {error}." if isinstance(error, KeyError) else error
-    print(f"error: {path}: {lacks}\nFAIL")
-    sys.exit(1)
-  groups = judge(compared, _TOLERANCE.value, _GRAD_TOLERANCE.value)
-  rows = [(g.name, g.tensors, f"{g.worst:.1e}", g.where, "ok" if g.ok else "FAIL") for g in groups]
-  print(tabulate.tabulate(rows, ("group", "tensors", "worst relative error", "in", "")))
-  left = uncovered(arrays, compared)
-  if left:
-    print("recorded, but not compared:", ", ".join(left))
-  passed = bool(groups) and not left and all(group.ok for group in groups)
-  print("PASS" if passed else "FAIL")
-  sys.exit(0 if passed else 1)
-
-
-if __name__ == "__main__":
-  flags.mark_flags_as_required(["golden"])
-  app.run(main)

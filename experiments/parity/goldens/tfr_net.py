@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import goldens
+from experiments.parity import goldens
 from mmjax import bert, types
 from mmjax.models import tfr_net
 
@@ -33,18 +33,28 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   size, heads = config["dst_feature_dim_nheads"]
   depth = config["nlevels"]
   settings = dict(
-    size=size, heads=heads, depth=depth, memory_depth=max(depth, 3),
+    size=size,
+    heads=heads,
+    depth=depth,
+    memory_depth=max(depth, 3),
     temporal_heads=config["num_temporal_head"],
     kernel_sizes=tuple(config[f"conv1d_kernel_size_{m}"] for m in "lav"),
     gate_sizes=tuple(config[f"fusion_{m}_hid"] for m in "tav"),
-    gate_depth=config["fusion_gru_layers"], hidden_size=config["cls_hidden_dim"],
-  )  # fmt: skip
+    gate_depth=config["fusion_gru_layers"],
+    hidden_size=config["cls_hidden_dim"],
+  )
   weights, similarity = config["weight_gen_loss"], config["weight_sim_loss"]
   system = tfr_net.make(**settings, bert=config["bert_config"])
   module = tfr_net.TfrNet(
-    num_outputs=1, text_dropout=0.0, attention_dropout=(0.0, 0.0, 0.0), transformer_dropout=0.0,
-    gate_dropout=0.0, head_dropout=0.0, bert=bert.make_config(config["bert_config"]), **settings,
-  )  # fmt: skip
+    num_outputs=1,
+    text_dropout=0.0,
+    attention_dropout=(0.0, 0.0, 0.0),
+    transformer_dropout=0.0,
+    gate_dropout=0.0,
+    head_dropout=0.0,
+    bert=bert.make_config(config["bert_config"]),
+    **settings,
+  )
   batch = read_batch(z)
   spec = goldens.spec(batch)
   template = jax.eval_shape(lambda: system.init(jax.random.key(0), spec)[0])
@@ -83,9 +93,12 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     {"params": p, **extra}, batch, generate=False, train=True, mutable=["batch_stats"]
   )
   out, changed = jax.jit(trained)(params)
-  yield "extra", "M_bn_train", np.reshape(out["prediction"], z["extra/M_bn_train"].shape), z[
-    "extra/M_bn_train"
-  ]
+  yield (
+    "extra",
+    "M_bn_train",
+    np.reshape(out["prediction"], z["extra/M_bn_train"].shape),
+    z["extra/M_bn_train"],
+  )
   for ours in STATISTICS:
     key = f"extra/bn_running_{ours}_after"
     yield "extra", key, changed["batch_stats"]["head_norm"][ours], z[key]
