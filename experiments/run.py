@@ -91,18 +91,11 @@ def make_mask_of(
 
 def make_method(
   config: ml_collections.ConfigDict, method: str, missing_rate: tuple[float, float]
-) -> Callable[[types.PRNGKey], types.Method]:
-  """The training method by its name ("orig", "spl" or "m3s"), as a function of the run's key."""
+) -> types.Method:
+  """The training method by its name."""
   mask = make_mask_of(config, training=True)(missing_rate)
-  if method == "orig":
-    return lambda key: functools.partial(meta.fixed_missing, mask=mask, key=key)
-  if method == "spl":
-    return lambda key: functools.partial(meta.sampled_missing, mask=mask)
-  if method == "m3s":
-    settings = config.m3s.to_dict()
-    inner = optim.make(**settings.pop("optimizer"), differentiable=settings["order"] == "second")
-    return lambda key: functools.partial(meta.m3s, mask=mask, inner_optimizer=inner, **settings)
-  raise ValueError(f"unknown method {method!r}, expected one of {list(METHODS)}.")
+  settings = config.m3s.to_dict() if method == "m3s" else {}
+  return meta.METHODS[method](mask, **settings)
 
 
 def make_run(
@@ -143,7 +136,6 @@ def make_run(
       for phase in system.phases
     },
     batch_size=settings.batch_size,
-    draws=2 if method == "m3s" else 1,
     epochs=settings.epochs,
     select=settings.select,
     larger_is_better=settings.select not in metrics.LOWER_IS_BETTER,

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import jax
 import tensorboardX
 
-from mmjax import checkpoint, train
+from mmjax import checkpoint, train, types
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class WorkdirError(ValueError):
+class WorkdirError(types.UsageError):
   """The folder cannot serve this run."""
 
 

@@ -21,7 +21,6 @@ from mmjax import types
 
 SPLITS = ("train", "valid", "test")
 CARD = "card.json"  # the statistics beside a converted dataset
-UNK = 100  # [UNK] of every BERT vocabulary
 TEXTS = ("features", "tokens")
 TASKS = ("regression", "classification")
 # Smallest and largest label of known datasets; the training labels' range for any other.
@@ -30,7 +29,7 @@ LABEL_RANGES = {"mosi": (-3.0, 3.0), "mosei": (-3.0, 3.0), "sims": (-1.0, 1.0)}
 Arrays = Mapping[str, Mapping[str, Any]]
 
 
-class DataError(ValueError):
+class DataError(types.UsageError):
   """Data that cannot be used; the message says where, what, and how to mend it."""
 
 
@@ -59,13 +58,12 @@ def take(batch: types.Batch, rows: Any) -> types.Batch:
 
 
 def pad_rows(batch: types.Batch, multiple: int) -> types.Batch:
-  """Fills a batch up to a multiple of rows by repeating its first row with weight 0."""
+  """Fills a batch up to a multiple of rows by repeating its first row."""
   rows = batch.index.shape[0]
   missing = -rows % multiple
   if not missing:
     return batch
-  padded = take(batch, np.concatenate([np.arange(rows), np.zeros(missing, int)]))
-  return padded._replace(weight=padded.weight * (np.arange(rows + missing) < rows))
+  return take(batch, np.concatenate([np.arange(rows), np.zeros(missing, int)]))
 
 
 def from_arrays(
@@ -149,13 +147,13 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
     tokens = _get(fields, "text_bert", where, "which text='tokens' reads")
   if text == "tokens":
     ids, valid = tokens[:, 0].astype(np.int32), tokens[:, 1] > 0
-    language = types.Modality(ids, valid, np.ones_like(valid), np.full(len(ids), UNK, np.int32))
+    language = types.modality(ids, valid)
     if tokens[:, 2].any():
       info["segment_ids"] = tokens[:, 2].astype(np.int32)
   else:
     x = np.asarray(_get(fields, "text", where, "which text='features' reads"), np.float32)
     same = tokens is not None and tokens.shape[2] == x.shape[1]
-    language = _features(x, tokens[:, 1] > 0 if same else _until_last_nonzero(x))
+    language = types.modality(x, tokens[:, 1] > 0 if same else _until_last_nonzero(x))
   others = {m: _timed(fields, m, where, language.valid) for m in ("audio", "vision")}
   if task == "regression":
     label = _get(fields, "regression_labels", where, "which task='regression' reads")
@@ -173,13 +171,8 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
     **others,
     label=label,
     index=np.arange(rows, dtype=np.int32),
-    weight=np.ones(rows, np.float32),
     info=info,
   )
-
-
-def _features(x: np.ndarray, valid: np.ndarray) -> types.Modality:
-  return types.Modality(x, valid, np.ones((*x.shape[:2], 1), bool), np.zeros(len(x), np.float32))
 
 
 def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
@@ -197,7 +190,7 @@ def _timed(fields, modality, where, text_valid) -> types.Modality:
     valid = text_valid
   else:
     valid = _until_last_nonzero(x)
-  return _features(x, valid)
+  return types.modality(x, valid)
 
 
 def _spec(m: types.Modality) -> types.ModalitySpec:

@@ -15,14 +15,15 @@ All three take and return the one `LossFn` signature, so a trainer does not know
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from mmjax import types
+from mmjax import optim, types
 
 ORDERS = ("first", "second")
 MODES = ("reverse", "mixed")
@@ -295,3 +296,56 @@ def m3s(
     return value, aux._replace(metrics={**aux.metrics, "support_loss": support_losses[0]})
 
   return meta_loss
+
+
+def orig(mask: types.MaskFn) -> types.Method:
+  """ORIG as a method: `fixed_missing`."""
+
+  def wrap(loss, key, method_params, *, hessian="reverse"):
+    del method_params, hessian
+    return fixed_missing(loss, mask, key)
+
+  return types.Method(1, wrap, title="ORIG")
+
+
+def spl(mask: types.MaskFn) -> types.Method:
+  """SPL-TRN as a method: `sampled_missing`."""
+
+  def wrap(loss, key, method_params, *, hessian="reverse"):
+    del key, method_params, hessian
+    return sampled_missing(loss, mask)
+
+  return types.Method(1, wrap, title="SPL-TRN")
+
+
+def m3s_method(
+  mask: types.MaskFn,
+  *,
+  order: str = "first",
+  optimizer: Mapping[str, Any] | None = None,
+  **settings: Any,
+) -> types.Method:
+  """M³S as a method: `m3s`, whose inner loop steps on one draw and whose query set is another.
+
+  Args:
+    mask: draws the missing data.
+    order: see `m3s`.
+    optimizer: the inner optimizer's settings for `optim.make`; SGD at 1e-3 by default.
+    **settings: the other options of `m3s`.
+
+  Returns:
+    The method. The Hessian mode is the loss's own, as its phase declares it.
+  """
+  optimizer = dict(name="sgd", learning_rate=1e-3) if optimizer is None else dict(optimizer)
+  inner = optim.make(**optimizer, differentiable=order == "second")
+
+  def wrap(loss, key, method_params, *, hessian="reverse"):
+    del key, method_params
+    mode = "mixed" if hessian == "symmetric" else "reverse"
+    return m3s(loss, mask, order=order, inner_optimizer=inner, mode=mode, **settings)
+
+  return types.Method(2, wrap, title="M3S")
+
+
+# The training methods by name: `METHODS[name](mask, **settings) -> Method`.
+METHODS: Mapping[str, Callable[..., types.Method]] = {"orig": orig, "spl": spl, "m3s": m3s_method}

@@ -32,11 +32,10 @@ class Recipe(NamedTuple):
 
   Attributes:
     system: the model.
-    method: `key -> Method`, makes the training method (`mmjax.meta`) of a run: it turns each
-      phase's loss into the one that is trained. ORIG takes its fixed masks from the key.
+    method: the training method (`mmjax.meta`): it turns each phase's loss into the one that is
+      trained.
     optimizers: of each phase, by its name.
     batch_size: B, samples of one draw.
-    draws: independent draws of B samples in one step: 2 for M³S (support and query set).
     epochs: number of epochs; each passes every draw's permutation of the data once.
     select: the validation metric that picks the best epoch.
     larger_is_better: direction of `select`.
@@ -46,10 +45,9 @@ class Recipe(NamedTuple):
   """
 
   system: types.System
-  method: Callable[[types.PRNGKey], types.Method]
+  method: types.Method
   optimizers: Mapping[str, optax.GradientTransformation]
   batch_size: int
-  draws: int = 1
   epochs: int = 1
   select: str = "mae"
   larger_is_better: bool = False
@@ -113,7 +111,7 @@ def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainS
     }
 
   opt = init_optimizers(params)
-  return types.TrainState(jnp.int32(0), params, opt, extra)
+  return types.TrainState(jnp.int32(0), params, opt, extra, {})
 
 
 def make_step(
@@ -132,15 +130,18 @@ def make_step(
     def loss(trained, batch, key, extra):
       return phase.loss(optim.merge(trained, constant), batch, key, extra)
 
-    method = recipe.method(jax.random.fold_in(key, METHOD))
-    gradient = jax.value_and_grad(method(parallel.share(loss, recipe.mesh)), has_aux=True)
+    method_key = jax.random.fold_in(key, METHOD)
+    shared = parallel.share(loss, recipe.mesh)
+    wrapped = recipe.method.wrap(shared, method_key, {}, hessian=phase.hessian)
+    gradient = jax.value_and_grad(wrapped, has_aux=True)
     step_key = jax.random.fold_in(jax.random.fold_in(key, LOSS), state.step)
     (value, aux), grads = gradient(trained, batch, step_key, state.extra)
     updates, opt = optimizer.update(grads, state.opt[phase.name], trained)
     params = optim.merge(optax.apply_updates(trained, updates), constant)
     metrics = {**aux.metrics, "loss": value, "gradient_norm": optax.tree.norm(grads)}
     extra = jax.tree.map(jax.lax.stop_gradient, aux.extra)
-    state = types.TrainState(state.step + 1, params, {**state.opt, phase.name: opt}, extra)
+    opt = {**state.opt, phase.name: opt}
+    state = types.TrainState(state.step + 1, params, opt, extra, state.method)
     return state, metrics
 
   return step
@@ -259,7 +260,7 @@ def start(
   state = create(recipe, spec, key)
   example = train.example if isinstance(train, stream.Stream) else train
   batch_size = min(recipe.batch_size, spec.num_train)
-  rows = np.arange(batch_size * recipe.draws) % example.index.shape[0]
+  rows = np.arange(batch_size * recipe.method.draws) % example.index.shape[0]
   batch = jax.tree.map(lambda a: jnp.asarray(a[rows]), example)
   sums = {}
   for phase in recipe.system.phases:
@@ -311,7 +312,8 @@ def fit(
   rows = train.rows if streamed else train.index.shape[0]
   batch_size, make = min(recipe.batch_size, rows), make_stream_steps if streamed else make_steps
   runs = [
-    make(make_step(recipe, phase), batch_size, recipe.draws, mesh=recipe.mesh) for phase in phases
+    make(make_step(recipe, phase), batch_size, recipe.method.draws, mesh=recipe.mesh)
+    for phase in phases
   ]
   if recipe.mesh is not None:
     key = parallel.replicate(key, recipe.mesh)
@@ -324,7 +326,7 @@ def fit(
       phase, done = phases[number], int(progress.done)
       total = _phase_steps(phase, epoch, rows, batch_size)
       if done == 0 and total:
-        progress = progress._replace(state=_enter(phase, progress.state, epoch))
+        progress = progress._replace(state=_on_epoch(phase, progress.state, epoch, train))
       while done < total:
         began = time.monotonic()
         bounds = (np.int32(done), np.int32(min(done + stretch, total)))
@@ -373,7 +375,7 @@ def fit_together(
   phases, rows = recipe.system.phases, train.index.shape[0]
   batch_size = min(recipe.batch_size, rows)
   runs = [
-    make_steps(make_step(recipe, phase), batch_size, recipe.draws, together=True)
+    make_steps(make_step(recipe, phase), batch_size, recipe.method.draws, together=True)
     for phase in phases
   ]
   train, keys, progresses = jax.tree.map(jnp.asarray, train), jnp.stack(keys), list(progresses)
@@ -382,7 +384,7 @@ def fit_together(
     epoch = max(int(progress.epoch) for progress in progresses)
     for number, phase in enumerate(phases):
       if total := _phase_steps(phase, epoch, rows, batch_size):
-        states = [_enter(phase, progress.state, epoch) for progress in progresses]
+        states = [_on_epoch(phase, progress.state, epoch, train) for progress in progresses]
         sums = [progress.sums[phase.name] for progress in progresses]
         states, sums, _, finite = runs[number](
           _stack(states), _stack(sums), train, keys, np.int32(epoch), np.int32(0), np.int32(total)
@@ -492,11 +494,9 @@ def _means(phases, sums, epoch, rows, batch_size) -> dict[str, float]:
   return means
 
 
-def _enter(phase: types.Phase, state: types.TrainState, epoch: int) -> types.TrainState:
+def _on_epoch(phase: types.Phase, state: types.TrainState, epoch: int, train) -> types.TrainState:
   """What happens to the state before a phase's steps of an epoch."""
-  params, extra = state.params, state.extra
-  if phase.enter is not None and epoch == phase.epochs[0]:
-    params, extra = phase.enter(params, extra)
-  if "epoch" in extra:  # a system that counts epochs declares this entry in `init`
-    extra = {**extra, "epoch": jnp.full_like(extra["epoch"], epoch)}
+  if phase.on_epoch is None:
+    return state
+  params, extra = phase.on_epoch(state.params, state.extra, epoch, train)
   return state._replace(params=params, extra=extra)

@@ -5,18 +5,28 @@ tokens) of one modality and D for its feature channels.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 PRNGKey = jax.Array
 Params = Any  # a pytree of arrays, nested dicts as flax makes them
 Extra = Mapping[str, Any]  # training arrays that are not parameters: tables, memories, statistics
 
+
+class UsageError(ValueError):
+  """What a user asked for cannot be done; the message says what and how to mend it.
+
+  Binaries print it as `error: …`; every other exception is a bug and keeps its traceback.
+  """
+
+
 MODALITIES = ("text", "audio", "vision")  # the one order in which modalities are enumerated
+UNK = 100  # [UNK] of every BERT vocabulary
 
 
 class Modality(NamedTuple):
@@ -36,6 +46,32 @@ class Modality(NamedTuple):
   fill: Array
 
 
+def modality(x: Any, valid: Any = None, seen: Any = None, *, fill: float | None = None) -> Modality:
+  """The one constructor of modalities.
+
+  Args:
+    x: [B, L, D] float features, or [B, L] integer token ids.
+    valid: [B, L] bool; by default every step is real.
+    seen: as in `Modality`; by default everything is observed.
+    fill: what replaces an unseen entry; by default 0 for features, the [UNK] id for tokens.
+
+  Returns:
+    The modality: host arrays where `x` is one, else device arrays.
+
+  Raises:
+    ValueError: if `x` has neither two nor three axes.
+  """
+  if x.ndim not in (2, 3):
+    raise ValueError(f"a modality is [B, L, D] features or [B, L] token ids, got {x.shape}.")
+  xp = np if isinstance(x, np.ndarray) else jnp
+  tokens = x.ndim == 2
+  valid = xp.ones(x.shape[:2], bool) if valid is None else xp.asarray(valid, bool)
+  if seen is None:
+    seen = xp.ones(x.shape if tokens else (*x.shape[:2], 1), bool)
+  fill = (UNK if tokens else 0) if fill is None else fill
+  return Modality(x, valid, seen, xp.full(x.shape[0], fill, x.dtype))
+
+
 class Batch(NamedTuple):
   """Samples with their labels. Every leaf has the leading axis B.
 
@@ -43,8 +79,8 @@ class Batch(NamedTuple):
     text, audio, vision: the modalities.
     label: [B] float sentiment (regression) or int32 class.
     index: [B] int32, the sample's row in its split: keys its masks and its table entries.
-    weight: [B] float, 1 for a sample, 0 for a row that only fills up the last batch.
-    info: further arrays [B, ...], such as "label_text" (SIMS) or "segment_ids".
+    info: further arrays [B, ...], such as "label_text" (SIMS) or "segment_ids"; what a loss of
+      your own needs of each sample, such as a weight, belongs here.
   """
 
   text: Modality
@@ -52,7 +88,6 @@ class Batch(NamedTuple):
   vision: Modality
   label: Array
   index: Array
-  weight: Array
   info: dict[str, Array]
 
 
@@ -93,15 +128,14 @@ def example_batch(spec: Spec, rows: int = 2) -> Batch:
     The batch, everything valid and seen.
   """
 
-  def modality(m):
+  def one(m):
     shape = (rows, m.length)
     x = jnp.zeros(shape, jnp.int32) if m.tokens else jnp.zeros((*shape, m.dim))
-    seen = jnp.ones(shape if m.tokens else (*shape, 1), bool)
-    return Modality(x, jnp.ones(shape, bool), seen, jnp.zeros(rows, x.dtype))
+    return modality(x)
 
   label = jnp.zeros(rows, jnp.int32 if spec.num_classes else jnp.float32)
-  modalities = (modality(getattr(spec, name)) for name in MODALITIES)
-  return Batch(*modalities, label, jnp.arange(rows), jnp.ones(rows), {})
+  modalities = (one(getattr(spec, name)) for name in MODALITIES)
+  return Batch(*modalities, label, jnp.arange(rows), {})
 
 
 class Aux(NamedTuple):
@@ -111,12 +145,91 @@ class Aux(NamedTuple):
   extra: Extra
 
 
-# Rewrites `seen` only, with a key of its own for each (modality, batch.index).
-MaskFn = Callable[[PRNGKey, Batch], Batch]
-# (params, batch, key, extra) -> (scalar, Aux). `key=None` switches all randomness (dropout) off.
-LossFn = Callable[[Params, Batch, PRNGKey | None, Extra], tuple[chex.Scalar, Aux]]
-# A training method turns the loss of clean batches into the loss that is trained.
-Method = Callable[[LossFn], LossFn]
+class MaskFn(Protocol):
+  """A missing-data transform; the factories in `masking` make them."""
+
+  def __call__(self, key: PRNGKey, batch: Batch) -> Batch:
+    """Marks entries of a batch as unseen.
+
+    Args:
+      key: of what is random; each (modality, `batch.index`) has a key of its own folded from it,
+        so that neither the batch size nor the order of the samples changes a mask.
+      batch: B samples.
+
+    Returns:
+      The batch with less `seen`; nothing else changes.
+    """
+    ...
+
+
+class LossFn(Protocol):
+  """The one signature of all losses: of models, of methods around them, and of your own."""
+
+  def __call__(
+    self, params: Params, batch: Batch, key: PRNGKey | None, extra: Extra
+  ) -> tuple[chex.Scalar, Aux]:
+    """The loss of a batch.
+
+    Args:
+      params: the parameters.
+      batch: B samples.
+      key: of what is random (dropout, masks); None switches a model's randomness off.
+      extra: training arrays that are not parameters.
+
+    Returns:
+      [] the loss; and the scalars to log, with the successor of `extra`.
+    """
+    ...
+
+
+class WrapFn(Protocol):
+  """How a training method turns a loss of clean batches into the loss that is trained."""
+
+  def __call__(
+    self, loss: LossFn, key: PRNGKey, method_params: Params, *, hessian: str = "reverse"
+  ) -> LossFn:
+    """Wraps a loss.
+
+    Args:
+      loss: of B clean rows.
+      key: the run's, the same at every step (ORIG's fixed masks hang on it).
+      method_params: from `Method.init`, or {}; the wrapped loss is differentiated by them.
+      hessian: of the loss, see `Phase`.
+
+    Returns:
+      A loss of `Method.draws` · B rows, the draws one after the other.
+    """
+    ...
+
+
+class Method(NamedTuple):
+  """A training method as a value; `meta.METHODS` has the registered ones.
+
+  Attributes:
+    draws: independent draws of B rows that one step takes.
+    wrap: makes the loss that is trained, see `WrapFn`.
+    init: optional `(key, params) -> method_params`: parameters of the method's own, of one
+      phase's trained parameters, that the outer optimizer trains beside them. None: it has none.
+    title: how tables write it; its registered name by default.
+  """
+
+  draws: int
+  wrap: WrapFn
+  init: Callable[[PRNGKey, Params], Params] | None = None
+  title: str = ""
+
+
+class Source(Protocol):
+  """A training split, in memory or on disk, as the trainer and `Phase.on_epoch` see it."""
+
+  @property
+  def rows(self) -> int:
+    """N, the number of samples."""
+    ...
+
+  def read(self) -> Batch:
+    """The whole split as one batch of N rows, on the host."""
+    ...
 
 
 class Phase(NamedTuple):
@@ -128,7 +241,12 @@ class Phase(NamedTuple):
     trains: regex that is searched in each "a/b/c" parameter path; the rest is constant.
     share: part of the epoch's steps that this phase runs, in (0, 1].
     epochs: first epoch and the one after the last (None: to the end) in which it runs.
-    enter: optional `(params, extra) -> (params, extra)`, applied when the phase first starts.
+    on_epoch: optional `(params, extra, epoch, train) -> (params, extra)`, applied before the
+      phase's first step of each epoch; `epoch` is an int, `train` the `Source` of the training
+      split. It must be a function of its arguments alone, or a resumed run would differ.
+    hessian: "symmetric" if the loss's gradient is the gradient of something, stopped gradients
+      included: then products with it may be taken forward over reverse, which is faster.
+      "reverse" is right for every loss; reversed gradients (LNLN's adversary) need it.
   """
 
   name: str
@@ -136,11 +254,12 @@ class Phase(NamedTuple):
   trains: str = ""
   share: float = 1.0
   epochs: tuple[int, int | None] = (0, None)
-  enter: Callable[[Params, Extra], tuple[Params, Extra]] | None = None
+  on_epoch: Callable[[Params, Extra, int, Source], tuple[Params, Extra]] | None = None
+  hessian: str = "reverse"
 
 
 class System(NamedTuple):
-  """A multimodal sentiment model as pure functions.
+  """A multimodal sentiment model as pure functions; `systems.supervised` builds most of them.
 
   Attributes:
     init: `(key, spec) -> (params, extra)`.
@@ -148,8 +267,6 @@ class System(NamedTuple):
       (logits), "feature" the fused representation [B, D] behind it, the other entries are the
       model's named intermediates. No randomness.
     phases: the training phases, one for most systems.
-    torch_rules: ((regex over a PyTorch state_dict name, parameter path or None), ...): how
-      published weights map onto `params` (see `torch_import`); None ignores a tensor.
   """
 
   init: Callable[[PRNGKey, Spec], tuple[Params, Extra]]
@@ -166,9 +283,11 @@ class TrainState(NamedTuple):
     params: the parameters.
     opt: optimizer state of each phase by its name.
     extra: the system's training arrays.
+    method: the training method's own parameters of each phase, {} where it has none.
   """
 
   step: Array
   params: Params
   opt: dict[str, Any]
   extra: Extra
+  method: dict[str, Params]

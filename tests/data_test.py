@@ -24,7 +24,7 @@ def test_features_lengths_and_labels():
 def test_tokens_and_classes():
   dataset = data.from_arrays(ARRAYS, name="any", text="tokens", task="classification")
   np.testing.assert_array_equal(dataset.valid.text.x, ARRAYS["valid"]["text_bert"][:, 0])
-  assert dataset.valid.text.x.dtype == np.int32 and (dataset.valid.text.fill == data.UNK).all()
+  assert dataset.valid.text.x.dtype == np.int32 and (dataset.valid.text.fill == types.UNK).all()
   assert dataset.spec.text == types.ModalitySpec(20, 0, tokens=True)
   assert dataset.spec.num_classes == 3 and dataset.train.label.dtype == np.int32
 
@@ -66,10 +66,10 @@ def test_unimodal_labels_and_segments_go_into_info():
   assert info["segment_ids"].sum() == 9
 
 
-def test_padding_repeats_rows_without_weight():
+def test_padding_repeats_the_first_row():
   train = data.from_arrays(ARRAYS, name="any").train
   padded = data.pad_rows(train, 4)
-  assert padded.index.shape == (12,) and padded.weight.tolist() == [1.0] * 9 + [0.0] * 3
+  assert padded.index.tolist() == [*range(9), 0, 0, 0]
   np.testing.assert_array_equal(padded.text.x[9:], train.text.x[[0, 0, 0]])
   assert data.pad_rows(train, 3) is train
 

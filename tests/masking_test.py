@@ -30,18 +30,16 @@ def make_batch(rows=6, length=12, tokens=True, seed=0, index=None) -> types.Batc
   lengths = rng.integers(3, length + 1, (3, rows))
   lengths[:, 0] = length
 
-  def modality(i, x, seen_shape, fill):
+  def modality(i, x):
     valid = np.arange(length) < lengths[i][:, None]
     x = np.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
-    return types.Modality(x, valid, np.ones(seen_shape, bool), np.full(rows, fill, x.dtype))
+    return types.modality(x, valid)
 
   ids = 1000 + rng.integers(0, 500, (rows, length)).astype(np.int32)
   dense = rng.normal(size=(rows, length, 5)).astype(np.float32)
-  text = (
-    modality(0, ids, (rows, length), 100) if tokens else modality(0, dense, (rows, length, 1), 0)
-  )
+  text = modality(0, ids if tokens else dense)
   audio, vision = (
-    modality(i, rng.normal(size=(rows, length, dim)).astype(np.float32), (rows, length, 1), 0)
+    modality(i, rng.normal(size=(rows, length, dim)).astype(np.float32))
     for i, dim in enumerate(FEATURES.values(), 1)
   )
   batch = types.Batch(
@@ -50,7 +48,6 @@ def make_batch(rows=6, length=12, tokens=True, seed=0, index=None) -> types.Batc
     vision,
     label=np.zeros(rows, np.float32),
     index=np.arange(rows, dtype=np.int32) if index is None else index,
-    weight=np.ones(rows, np.float32),
     info={},
   )
   return jax.tree.map(jnp.asarray, batch)
@@ -108,9 +105,7 @@ def test_mask_fns_equal_the_recorded_rule_under_their_own_draws(recorded):
   ids, valid = recorded["seq_input/text_ids"], recorded["seq_input/text_attention_mask"] > 0
   rows, length = ids.shape
   batch = make_batch(rows, length)
-  text = types.Modality(
-    jnp.int32(ids), valid, jnp.ones((rows, length), bool), jnp.full(rows, golden.UNK)
-  )
+  text = types.modality(jnp.int32(ids), valid, fill=golden.UNK)
   batch = batch._replace(text=text)
   for rate in json.loads(str(recorded["config"]))["scalar_rates"]:
     if rate in (0.0, 1.0):

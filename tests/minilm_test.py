@@ -62,15 +62,9 @@ def test_fine_tuning_on_real_text():
   texts, labels = real_utterances(8)
   tokens = bert.tokenize(FOLDER, texts, length=20)
   mask = tokens[:, 1].astype(bool)
-  seen = np.ones_like(mask)
-  text = types.Modality(tokens[:, 0], mask, seen, np.full(8, 100, np.int32))
-  silent = types.Modality(
-    np.zeros((8, 2, 3), np.float32),
-    np.ones((8, 2), bool),
-    np.ones((8, 2, 1), bool),
-    np.zeros(8, np.float32),
-  )
-  batch = types.Batch(text, silent, silent, labels, np.arange(8), np.ones(8, np.float32), {})
+  text = types.modality(tokens[:, 0], mask)
+  silent = types.modality(np.zeros((8, 2, 3), np.float32))
+  batch = types.Batch(text, silent, silent, labels, np.arange(8), {})
   batch = jax.tree.map(jnp.asarray, batch)
   shape = types.ModalitySpec(2, 3)
   spec = types.Spec(types.ModalitySpec(20, 0, True), shape, shape, num_train=8)

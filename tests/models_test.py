@@ -94,7 +94,7 @@ PACKS_WITH_TEXT = ("misa",)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # XLA compiles this generator several times faster than the default one.
 make_key = functools.partial(jax.random.key, impl="unsafe_rbg")
-ROWS, UNK = 5, 100
+ROWS = 5
 TEXT, AUDIO, VISION = (6, 5), (9, 3), (8, 4)
 
 
@@ -112,19 +112,16 @@ def make_batch(spec: types.Spec, seed: int = 0) -> types.Batch:
     valid = np.arange(m.length) < random.integers(3, m.length + 1, (ROWS, 1))
     if m.tokens:
       x = random.integers(1, 100, valid.shape).astype(np.int32) * valid
-      return types.Modality(x, valid, np.ones_like(valid), np.full(ROWS, UNK, np.int32))
+      return types.modality(x, valid)
     x = random.normal(size=(ROWS, m.length, m.dim)).astype(np.float32) * valid[..., None]
-    seen = np.ones((ROWS, m.length, 1), bool)
-    return types.Modality(x, valid, seen, np.zeros(ROWS, np.float32))
+    return types.modality(x, valid)
 
   label = random.uniform(-3, 3, ROWS).astype(np.float32)
   if spec.num_classes:
     label = random.integers(0, spec.num_classes, ROWS).astype(np.int32)
   index = random.permutation(spec.num_train)[:ROWS].astype(np.int32)
   modalities = [modality(getattr(spec, name)) for name in types.MODALITIES]
-  return jax.tree.map(
-    jnp.asarray, types.Batch(*modalities, label, index, np.ones(ROWS, np.float32), {})
-  )
+  return jax.tree.map(jnp.asarray, types.Batch(*modalities, label, index, {}))
 
 
 class Case:

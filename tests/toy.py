@@ -19,11 +19,9 @@ def make_batch(rows: int, seed: int = 0, dtype=np.float32) -> types.Batch:
     valid = np.arange(length) < random.integers(2, length + 1, (rows, 1))
     x = random.normal(size=(rows, length, dim)) * valid[..., None]
     label = label + x.sum((1, 2)) / valid.sum(1)
-    seen, fill = np.ones((rows, length, 1), bool), np.zeros(rows, dtype)
-    modalities.append(types.Modality(x.astype(dtype), valid, seen, fill))
+    modalities.append(types.modality(x.astype(dtype), valid))
   label = label.astype(dtype)
-  weight = np.ones(rows, dtype)
-  return types.Batch(*modalities, label, np.arange(rows, dtype=np.int32), weight, {})
+  return types.Batch(*modalities, label, np.arange(rows, dtype=np.int32), {})
 
 
 def features(batch: types.Batch):

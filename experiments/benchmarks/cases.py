@@ -53,15 +53,15 @@ def make_batch(setting: Setting, rows: int, seed: int = 0) -> types.Batch:
     valid = np.arange(length) < np.ceil(share * length)
     if tokens:
       x = np.where(valid, random.integers(1000, 30000, (rows, length)), 0).astype(np.int32)
-      return types.Modality(x, valid, np.ones_like(valid), np.full(rows, 100, np.int32))
+      return types.modality(x, valid)
     x = random.normal(size=(rows, length, width)).astype(np.float32) * valid[..., None]
-    return types.Modality(x, valid, np.ones((rows, length, 1), bool), np.zeros(rows, np.float32))
+    return types.modality(x, valid)
 
   text, *others = setting.shapes
   label = random.uniform(-3, 3, rows).astype(np.float32)
-  index, weight = np.arange(rows, dtype=np.int32), np.ones(rows, np.float32)
+  index = np.arange(rows, dtype=np.int32)
   parts = modality(*text, setting.tokens), *(modality(*shape) for shape in others)
-  return masking.span(0.5)(jax.random.key(1), types.Batch(*parts, label, index, weight, {}))
+  return masking.span(0.5)(jax.random.key(1), types.Batch(*parts, label, index, {}))
 
 
 class Case(NamedTuple):

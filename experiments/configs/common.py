@@ -50,7 +50,6 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
   config.m3s = dict(
     inner_steps=1,  # K; not given in the paper
     order="first",  # as in Algorithm 1; "second" is the exact meta-gradient
-    mode="mixed",  # of "second": forward over reverse; "reverse" where gradients are reversed
     fresh_masks=False,  # one support mask for all inner steps
     optimizer=dict(name="sgd", learning_rate=1e-4),
   )

@@ -69,5 +69,4 @@ def get_config(dataset: str = "mosi"):
   config.train.patience = 32
   config.optimizer = common.epoch_warmup(config, 1e-4, name="adamw", weight_decay=1e-4)
   config.m3s.optimizer.learning_rate = 1e-4
-  config.m3s.mode = "reverse"  # its adversary's gradient is reversed: no gradient of anything
   return config

@@ -151,7 +151,7 @@ def make(
     value = task(prediction, batch.label).mean()
     return value, types.Aux({"mse": value}, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+  return types.System(init, predict, (types.Phase("main", loss, hessian="symmetric"),), TORCH_RULES)
 
 
 def _embedding_rules(name: str, letter: str) -> torch_import.Rules:

@@ -120,7 +120,7 @@ def make(
     value = task(prediction, batch.label).mean()
     return value, types.Aux({"l1": value}, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+  return types.System(init, predict, (types.Phase("main", loss, hessian="symmetric"),), TORCH_RULES)
 
 
 _ROLES = {"Wq": "query", "Wk": "key", "Wv": "value"}

@@ -165,7 +165,7 @@ def make(
     )
     return total, types.Aux(parts, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+  return types.System(init, predict, (types.Phase("main", loss, hessian="symmetric"),), TORCH_RULES)
 
 
 TORCH_RULES = (

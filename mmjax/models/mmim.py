@@ -241,8 +241,7 @@ def make(
       )
       for pair, size in zip(PAIRS, (out_sizes[1], out_sizes[0]), strict=True)
     }
-    zero = jnp.int32(0)
-    extra = {"epoch": zero, "memory_epoch": zero, "batches": zero, "memory": slots}
+    extra = {"batches": jnp.int32(0), "memory": slots}
     return encoder.with_weights(init_params(key)), {} if spec.num_classes else extra
 
   def predict(params, batch, extra):
@@ -264,20 +263,21 @@ def make(
     total = parts["y"] + contrast_weight * parts["nce"] - mi_weight * parts["lld"]
     if classes:
       return total, types.Aux(parts, extra)
-    # each epoch starts with an empty memory
-    fresh = extra["memory_epoch"] != extra["epoch"]
-    batches = jnp.where(fresh, 0, extra["batches"])
-    memory = jax.tree.map(lambda a: jnp.where(fresh, 0, a), extra["memory"])
+    batches, memory = extra["batches"], extra["memory"]
     value, now = entropy(out, batch.label, memory)
     parts["H"] = jnp.where(batches > memory_size, value, 0.0)
     memory = jax.tree.map(lambda slots, new: slots.at[batches % memory_size].set(new), memory, now)
-    extra = {**extra, "memory_epoch": extra["epoch"], "batches": batches + 1, "memory": memory}
+    extra = {"batches": batches + 1, "memory": memory}
     return total - mi_weight * parts["H"], types.Aux(parts, extra)
+
+  def empty_memory(params, extra, epoch, train):  # each epoch starts with an empty one
+    del epoch, train
+    return params, jax.tree.map(jnp.zeros_like, extra)
 
   phases = (
     # entropy_projection has no gradient here: the published optimizer never moves it
-    types.Phase("mi", mi_loss, trains=r"^mi_\w+/(mu|logvar)", share=mi_share),
-    types.Phase("main", main_loss, trains=r"^(?!mi_)"),
+    types.Phase("mi", mi_loss, trains=r"^mi_\w+/(mu|logvar)", share=mi_share, hessian="symmetric"),
+    types.Phase("main", main_loss, trains=r"^(?!mi_)", on_epoch=empty_memory, hessian="symmetric"),
   )
   return types.System(init, predict, phases, TORCH_RULES)
 

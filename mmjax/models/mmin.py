@@ -273,13 +273,25 @@ def make(
     weights = {"ce": task_weight, "mse": imagination_weight, "cycle": cycle_weight}
     return sum(weights[name] * part for name, part in parts.items()), types.Aux(parts, extra)
 
-  def enter(params, extra):
+  def on_epoch(params, extra, epoch, train):
+    del train
+    if epoch != teacher_epochs:
+      return params, extra
     copy = jax.tree.map(jnp.copy, params["teacher"]["encoders"])
     return {**params, "student": {**params["student"], "encoders": copy}}, extra
 
   phases = (
-    types.Phase("teacher", teacher_loss, "^teacher/", epochs=(0, teacher_epochs)),
-    types.Phase("student", student_loss, "^student/", epochs=(teacher_epochs, None), enter=enter),
+    types.Phase(
+      "teacher", teacher_loss, "^teacher/", epochs=(0, teacher_epochs), hessian="symmetric"
+    ),
+    types.Phase(
+      "student",
+      student_loss,
+      "^student/",
+      epochs=(teacher_epochs, None),
+      on_epoch=on_epoch,
+      hessian="symmetric",
+    ),
   )
   layers_per_block = 2 + batch_norm + (dropout > 0)  # of PyTorch's classifier, for its numbering
   rules = torch_rules(len(classifier_sizes), layers_per_block)

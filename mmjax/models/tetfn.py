@@ -176,7 +176,8 @@ def make(
       apply(params, batch, key), batch, extra, bound=bound, exclude_zero=exclude_zero
     )
 
-  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+  phase = types.Phase("main", loss, on_epoch=self_mm.count_epochs, hessian="symmetric")
+  return types.System(init, predict, (phase,), TORCH_RULES)
 
 
 def _transformer_rules() -> torch_import.Rules:

@@ -273,7 +273,12 @@ def make(
     total = parts["pred"] + jnp.where(extra["epoch"] > 0, parts["gen"], 0.0)
     return total, types.Aux(parts, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+  def on_epoch(params, extra, epoch, train):
+    del train
+    return params, {**extra, "epoch": jnp.full_like(extra["epoch"], epoch)}
+
+  phase = types.Phase("main", loss, on_epoch=on_epoch, hessian="symmetric")
+  return types.System(init, predict, (phase,), TORCH_RULES)
 
 
 def _rules() -> torch_import.Rules:

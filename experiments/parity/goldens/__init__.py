@@ -36,12 +36,7 @@ def under(z: Arrays, prefix: str) -> dict[str, np.ndarray]:
 
 def modality(x: np.ndarray, valid: np.ndarray | None = None) -> types.Modality:
   """Recorded features [B, L, D] or ids [B, L], all of them seen."""
-  shape = x.shape[:2]
-  tokens = x.ndim == 2
-  x = jnp.asarray(x, jnp.int32 if tokens else jnp.float32)
-  valid = jnp.ones(shape, bool) if valid is None else jnp.asarray(valid, bool)
-  seen = jnp.ones(shape if tokens else (*shape, 1), bool)
-  return types.Modality(x, valid, seen, jnp.full(shape[0], 100 if tokens else 0, x.dtype))
+  return types.modality(jnp.asarray(x, jnp.int32 if x.ndim == 2 else jnp.float32), valid)
 
 
 def prefix_mask(lengths: np.ndarray | None, x: np.ndarray) -> np.ndarray:
@@ -65,7 +60,6 @@ def batch(z: Arrays, prefix: str = "input/") -> types.Batch:
     vision=features("vision"),
     label=jnp.asarray(z[f"{prefix}labels"]).reshape(-1),
     index=jnp.asarray(z.get(f"{prefix}indexes", np.arange(rows)), jnp.int32),
-    weight=jnp.ones(rows),
     info={"segment_ids": jnp.asarray(segments, jnp.int32)} if segments.any() else {},
   )
 

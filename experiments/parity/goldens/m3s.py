@@ -58,8 +58,7 @@ def _batch(z, mode, steps, dtype) -> types.Batch:
   def modality(name):
     x = jnp.asarray(both(f"input/{{}}/{name}"), dtype)
     x = x if x.ndim == 3 else x[..., None]  # the text vector: its entries are the steps
-    valid = jnp.ones(x.shape[:2], bool)
-    return types.Modality(x, valid, valid[..., None], jnp.zeros(x.shape[0], dtype))
+    return types.modality(x)
 
   def masks(name):
     fixed = both(f"mask/{mode}/{{}}/{name}")
@@ -72,9 +71,7 @@ def _batch(z, mode, steps, dtype) -> types.Batch:
   label = jnp.asarray(both("input/{}/label"), dtype)
   rows = jnp.arange(len(label))
   info = {name: masks(name) for name in types.MODALITIES}
-  return types.Batch(
-    *(modality(name) for name in types.MODALITIES), label, rows, jnp.ones_like(label), info
-  )
+  return types.Batch(*(modality(name) for name in types.MODALITIES), label, rows, info)
 
 
 def _given_mask(mode, which_of) -> types.MaskFn:

@@ -6,7 +6,6 @@ Everything runs in float64, the precision of the recorded uniforms and rates.
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmjax import masking, types
@@ -67,7 +66,7 @@ def _exhaustive(z) -> Iterator[Row]:
 def _applied(z) -> Iterator[Row]:
   x = z["m3s_apply/x"]
   seen = masking.span_mask(z["m3s_apply/lambda"], z["m3s_apply/k"], x.shape[-1])
-  m = types.Modality(x, np.ones(x.shape[:2], bool), seen, np.zeros(x.shape[0]))
+  m = types.modality(x, seen=seen)
   yield "m3s span", "masked features", np.asarray(masking.observed(m)), z["m3s_apply/y"]
 
 
@@ -81,7 +80,6 @@ def _steps(z, tag: str, modality: str) -> Iterator[Row]:
     seen = seen | masking.ends(valid)
   yield at, "mask", np.asarray(seen & valid), z[f"{at}/missing_mask"]
 
-  fill = jnp.full(x.shape[0], UNK if tokens else 0)
-  m = types.Modality(x, valid, seen if tokens else seen[..., None], fill)
+  m = types.modality(x, valid, seen if tokens else seen[..., None], fill=UNK if tokens else 0)
   output = masking.observed(m) * (valid if tokens else valid[..., None])  # theirs zeroes padding
   yield at, "output", np.asarray(output), z[f"{at}/output"]

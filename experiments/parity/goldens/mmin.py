@@ -65,7 +65,7 @@ def read_batch(z: goldens.Arrays) -> types.Batch:
     found[ours] = m._replace(seen=m.seen & seen)
   label = jnp.asarray(z["input/label"], jnp.int32)
   rows = len(label)
-  return types.Batch(label=label, index=jnp.arange(rows), weight=jnp.ones(rows), info={}, **found)
+  return types.Batch(label=label, index=jnp.arange(rows), info={}, **found)
 
 
 def given_dropout(masks: Mapping[str, np.ndarray]):
