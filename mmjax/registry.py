@@ -32,7 +32,7 @@ def lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
   module, colon, attribute = name.partition(":")
   if not colon:
     raise types.UsageError(
-      f"unknown {kind} {name!r}{nearest(name, registry)}; there are {', '.join(sorted(registry))},"
+      f"unknown {kind} {name!r}{nearest(name, registry)}; there are {', '.join(registry)},"
       " and your own as package.module:attribute."
     )
   try:
@@ -49,9 +49,9 @@ def lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """ ", did you mean 'misa'?" if one of the names is like it, else nothing."""
+  """The hint " (did you mean 'misa'?)" if one of the names is like it, else nothing."""
   found = difflib.get_close_matches(name, list(names), 1)
-  return f", did you mean {found[0]!r}?" if found else ""
+  return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def settings_of(factory: Callable[..., Any]) -> dict[str, Any] | None:
