@@ -134,8 +134,8 @@ def example_batch(spec: Spec, rows: int = 2) -> Batch:
     return modality(x)
 
   label = jnp.zeros(rows, jnp.int32 if spec.num_classes else jnp.float32)
-  modalities = (one(getattr(spec, name)) for name in MODALITIES)
-  return Batch(*modalities, label, jnp.arange(rows), {})
+  text, audio, vision = (one(getattr(spec, name)) for name in MODALITIES)
+  return Batch(text, audio, vision, label, jnp.arange(rows), {})
 
 
 class Aux(NamedTuple):
