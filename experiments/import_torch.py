@@ -77,9 +77,9 @@ def import_state(
   dataset = run_lib.load_data(config, data_dir)
   system = run_lib.make_system(config)
   params, extra = system.init(jax.random.key(0), dataset.spec)
-  params = torch_import.from_torch(
-    params, state, system.torch_rules, required=system.phases[-1].trains
-  )
+  settings = config.model.to_dict()
+  rules = models.torch_rules(settings.pop("name"), **settings)
+  params = torch_import.from_torch(params, state, rules, required=system.phases[-1].trains)
   return {"params": params, "extra": extra}
 
 
