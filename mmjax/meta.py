@@ -219,7 +219,8 @@ def adapt(
     return (params, state), (jax.lax.stop_gradient(value), moves)
 
   if remat != "none":
-    step = jax.checkpoint(step, policy=_policy(remat))
+    # mixed mode's jvp needs the gradient's own values again: where K = 1 leaves no loop, shared
+    step = jax.checkpoint(step, policy=_policy(remat), prevent_cse=mode == "reverse")
   start = held(trained)
   steps = (keys.support_mask, keys.support_loss)
   (adapted, _), (values, moves) = jax.lax.scan(step, (start, optimizer.init(start)), steps)
