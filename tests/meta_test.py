@@ -132,14 +132,20 @@ def test_all_that_a_step_reads_has_a_derivative(mode, remat):
 
 @pytest.mark.parametrize("mode", meta.MODES)
 def test_an_optimizer_reads_the_value_and_its_derivative(mode):
-  """A Polyak step on 0.5 (θ - a)² goes half of the way, from wherever it starts."""
+  """A step of 0.1 times the value: θ* = θ - 0.05 (θ - a)³."""
+
+  def update(grads, state, params=None, *, value, grad, **extra_args):
+    del params, extra_args
+    return jax.tree.map(lambda g: -0.1 * value * g, grad), state
+
+  inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
   theta, a, b = 2.0, -1.0, 0.5
-  loss = meta.m3s(
-    quadratic, no_mask, inner_optimizer=optax.polyak_sgd(1.0), order="second", mode=mode
-  )
+  loss = meta.m3s(quadratic, no_mask, inner_optimizer=inner, order="second", mode=mode)
   params = {"theta": jnp.float32(theta)}
   grads, _ = jax.grad(loss, has_aux=True)(params, labelled(a, b), jax.random.key(0), {})
-  np.testing.assert_allclose(grads["theta"], 0.5 * ((theta + a) / 2 - b), rtol=1e-5)
+  adapted = theta - 0.05 * (theta - a) ** 3
+  expected = (adapted - b) * (1 - 0.15 * (theta - a) ** 2)
+  np.testing.assert_allclose(grads["theta"], expected, rtol=1e-5)
 
 
 def test_an_optimizer_searches_along_the_value_function():

@@ -68,7 +68,8 @@ def _batch(z, mode, name, steps, dtype) -> types.Batch:
   label = jnp.asarray(z[f"input/{name}/label"], dtype)
   info = {of: masks(of) for of in types.MODALITIES}
   rows = jnp.arange(len(label))
-  return types.Batch(*(modality(of) for of in types.MODALITIES), label, rows, info)
+  modalities = {of: modality(of) for of in types.MODALITIES}
+  return types.Batch(**modalities, label=label, index=rows, info=info)
 
 
 def _given_mask(mode, which_of) -> types.MaskFn:
@@ -119,7 +120,7 @@ def _forward(params, batch, mode):
   return prediction, jnp.concatenate(encoded, -1), joint
 
 
-def _loss_of(mode) -> types.LossFn:
+def _loss_of(mode):
   def loss(params, batch, key, extra):
     error = _forward(params, batch, mode)[0] - batch.label
     value = jnp.mean(error**2) + 0.1 * jnp.mean(jnp.abs(error))
@@ -132,7 +133,7 @@ def _theta0(z, mode, case, dtype):
   params = _params(z, dtype)
   mask = _given_mask(mode, lambda key: 0)
   for name in ("X1", "X2"):
-    masked = mask(None, _batch(z, mode, name, 0, dtype))
+    masked = mask(jax.random.key(0), _batch(z, mode, name, 0, dtype))
     prediction, before, after = _forward(params, masked, mode)
     (value, _), grads = jax.value_and_grad(_loss_of(mode), has_aux=True)(params, masked, None, {})
     yield f"{name}/pred", prediction
@@ -144,7 +145,7 @@ def _theta0(z, mode, case, dtype):
 
 def _meta_step(z, mode, case, dtype):
   config = json.loads(str(z["config"]))
-  steps = int(re.match(r"K(\d+)", case).group(1))
+  steps = int(case.split("_")[0].removeprefix("K"))
   fresh = case.endswith("freshmask")
   momentum = re.search(r"momentum([\d.]+)", case)
   inner = optax.sgd(config["alpha"], momentum=float(momentum.group(1)) if momentum else None)

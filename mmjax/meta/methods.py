@@ -1,36 +1,16 @@
-"""Training methods: each turns the loss of a clean batch into the loss that is trained.
+"""ORIG, SPL-TRN and M³S around a loss, and as registered methods."""
 
-M³S (Chi et al. 2022, "Missing Modality meets Meta Sampling", arXiv 2210.03428) compares
-three of them, all under randomly missing spans:
-
-  * `fixed_missing` (ORIG): every sample keeps one mask for the whole training;
-  * `sampled_missing` (SPL-TRN): fresh masks at every step;
-  * `m3s` (Algorithm 1): fresh masks, K inner gradient steps on a support set, and the
-    meta-gradient of the query set's loss at the adapted parameters.
-
-All three take and return the one `LossFn` signature, so a trainer does not know them:
-
-  loss = m3s(my_loss, masking.span((0.4, 0.6)), inner_steps=3)
-  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key, extra)
-"""
-
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
 
 from mmjax import optim, types
-
-ORDERS = ("first", "second")
-MODES = ("reverse", "mixed")
-REMATS = ("steps", "none", "dots_saveable", "dots_with_no_batch_dims_saveable")
-
-_GRADS = "inner_gradient"  # their name for checkpoint policies
+from mmjax.meta import inner
 
 
 def fixed_missing(loss: types.LossFn, mask: types.MaskFn, key: types.PRNGKey) -> types.LossFn:
@@ -45,8 +25,10 @@ def fixed_missing(loss: types.LossFn, mask: types.MaskFn, key: types.PRNGKey) ->
     A loss with the signature of `loss`.
   """
 
-  def masked_loss(params, batch, step_key, extra):
-    return loss(params, mask(key, batch), step_key, extra)
+  fixed_mask = functools.partial(mask, key)
+
+  def masked_loss(params, batch, key, extra):
+    return loss(params, fixed_mask(batch), key, extra)
 
   return masked_loss
 
@@ -67,34 +49,6 @@ def sampled_missing(loss: types.LossFn, mask: types.MaskFn) -> types.LossFn:
     return loss(params, mask(mask_key, batch), loss_key, extra)
 
   return masked_loss
-
-
-class MetaKeys(NamedTuple):
-  """The keys of one meta step; K is the number of inner steps.
-
-  Attributes:
-    support_mask: [K] keys of the support set's masks (all the same unless they are fresh).
-    support_loss: [K] keys of the inner losses (dropout).
-    query_mask: key of the query set's mask.
-    query_loss: key of the outer loss.
-  """
-
-  support_mask: types.PRNGKey
-  support_loss: types.PRNGKey
-  query_mask: types.PRNGKey
-  query_loss: types.PRNGKey
-
-
-def meta_keys(key: types.PRNGKey, inner_steps: int, fresh_masks: bool) -> MetaKeys:
-  """Splits one key into all keys of a meta step."""
-  support_mask, support_loss, query_mask, query_loss = jax.random.split(key, 4)
-  if fresh_masks:
-    support_masks = jax.random.split(support_mask, inner_steps)
-  else:
-    support_masks = jnp.repeat(support_mask[None], inner_steps, axis=0)
-  return MetaKeys(
-    support_masks, jax.random.split(support_loss, inner_steps), query_mask, query_loss
-  )
 
 
 def split_support_query(
@@ -139,194 +93,12 @@ def split_support_query(
   return part(0), part(1)
 
 
-def adapt(
-  loss: types.LossFn,
-  mask: types.MaskFn,
-  params: types.Params,
-  support: types.Batch,
-  key: types.PRNGKey | MetaKeys,
-  extra: types.Extra,
-  *,
-  inner_steps: int = 1,
-  optimizer: optax.GradientTransformation | None = None,
-  order: str = "second",
-  fresh_masks: bool = False,
-  mode: str = "reverse",
-  inner_rates: types.Params | None = None,
-  inner_trains: str = "",
-  remat: str | Callable[..., Any] = "steps",
-) -> tuple[types.Params, chex.Array]:
-  """The inner loop: K optimizer steps on the support set (Algorithm 1, lines 4-9; eq. 1).
-
-  The optimizer starts afresh and `extra` is read only. Adapts to new samples at test time, too:
-  `adapted, losses = adapt(loss, mask, params, batch, key, extra, inner_steps=5)`.
-
-  Args:
-    loss: the model's loss.
-    mask: draws the missing data.
-    params: θ₀.
-    support: the clean support set.
-    key: of masks and losses; or the keys of a meta step, K of them whatever `inner_steps` says.
-    extra: the system's training arrays.
-    inner_steps: K ≥ 1.
-    optimizer: see `inner_optimizer` of `m3s`.
-    order: "second": θ_K is differentiable through all steps; "first": dθ_K/dθ₀ = I.
-    fresh_masks, mode, inner_rates, inner_trains, remat: see `m3s`.
-
-  Returns:
-    θ_K, and [K] the support loss before each step (it has no derivative).
-
-  Raises:
-    UsageError: as `m3s`.
-  """
-  _check(order, mode, inner_steps, remat)
-  keys = key if isinstance(key, MetaKeys) else meta_keys(key, inner_steps, fresh_masks)
-  if optimizer is None:
-    optimizer = optax.sgd(1e-3 if inner_rates is None else 1.0)
-  optimizer = optax.with_extra_args_support(optimizer)
-  trained, constant = optim.split(params, inner_trains)
-  rates = None
-  if inner_rates is not None:
-    chex.assert_trees_all_equal_structs(inner_rates, params)
-    rates = optim.split(inner_rates, inner_trains)[0]
-  if not fresh_masks:  # one mask for all steps: draw it outside of the loop
-    support = mask(keys.support_mask[0], support)
-
-  # the first order computes θ* from constants and derives it by hand, below
-  held = jax.lax.stop_gradient if order == "first" else lambda tree: tree
-
-  def objective(trained, step_keys):
-    mask_key, loss_key = step_keys
-    seen = mask(mask_key, support) if fresh_masks else support
-    return loss(optim.merge(trained, held(constant)), seen, loss_key, extra)[0]
-
-  gradient = jax.value_and_grad(objective)
-  if mode == "mixed":
-    gradient = _symmetric(gradient, linearize=remat != "steps")
-
-  def step(carry, step_keys):
-    params, state = carry
-    value, grads = gradient(params, step_keys)
-    value_fn = lambda params: objective(params, step_keys)  # noqa: E731
-    updates, state = optimizer.update(
-      grads, state, params, value=value, grad=grads, value_fn=value_fn
-    )
-    moves = None
-    if rates is not None:
-      moves = updates
-      updates = jax.tree.map(jnp.multiply, held(rates), updates)
-    params = optax.apply_updates(params, updates)
-    return (params, state), (jax.lax.stop_gradient(value), moves)
-
-  if remat != "none":
-    step = jax.checkpoint(step, policy=_policy(remat))
-  start = held(trained)
-  steps = (keys.support_mask, keys.support_loss)
-  (adapted, _), (values, moves) = jax.lax.scan(step, (start, optimizer.init(start)), steps)
-  if order == "first":  # the value of θ*, the derivative of θ, and of α times constant moves
-    adapted = jax.tree.map(_with_derivative_of, adapted, trained)
-    if rates is not None:
-      total = jax.tree.map(lambda m: jax.lax.stop_gradient(m.sum(0)), moves)
-      linear = jax.tree.map(jnp.multiply, rates, total)
-      adapted = jax.tree.map(_with_derivative_of, adapted, linear)
-  return optim.merge(adapted, constant), values
-
-
-def _with_derivative_of(a, b):
-  return a + (b - jax.lax.stop_gradient(b))
-
-
-def _policy(remat):
-  """The checkpoint policy of `remat`; "steps" keeps the gradients that mixed mode names."""
-  if remat == "steps":
-    return jax.checkpoint_policies.save_only_these_names(_GRADS)
-  return getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else remat
-
-
-def _symmetric(gradient, linearize):
-  """`(params, keys) -> (value, grads)`, whose vjp by params is a jvp of the gradient.
-
-  The mixed mode of Kemaev et al. 2025 (arXiv 2505.00793): forward over reverse needs no more
-  memory than a gradient. All else that the gradient reads, keys and what it closes over, gets
-  its cotangents by reverse mode, and only where they are asked for.
-
-  Args:
-    gradient: the function.
-    linearize: whether the jvp's linearization is kept from the forward pass.
-
-  Returns:
-    A function with the signature of `gradient`.
-  """
-
-  def symmetric(params, keys):
-    # closed-over arrays become arguments: a custom_vjp must see all that it is differentiated by
-    jaxpr, shapes = jax.make_jaxpr(gradient, return_shape=True)(params, keys)
-
-    def pure(params, rest):
-      keys, consts = rest
-      found = jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves((params, keys)))
-      return jax.tree.unflatten(jax.tree.structure(shapes), found)
-
-    def forward(params, rest):
-      params = jax.tree.map(lambda a: a.value, params)
-      asked = jax.tree.map(lambda a: a.value if a.perturbed else None, rest)
-      others = jax.tree.map(lambda a: None if a.perturbed else a.value, rest)
-      of_params = lambda p: pure(p, optim.merge(asked, others))  # noqa: E731
-      if linearize:
-        (value, grads), push = jax.linearize(of_params, params)
-        return (value, grads), (params, asked, others, (grads, push))
-      return of_params(params), (params, asked, others, None)
-
-    def backward(kept, cotangents):
-      params, asked, others, linear = kept
-      d_value, d_grads = jax.tree.map(_instantiate, cotangents)
-      if linear is None:
-        (_, grads), (_, d_params) = jax.jvp(
-          lambda p: pure(p, optim.merge(asked, others)), (params,), (d_grads,)
-        )
-      else:
-        grads, push = linear
-        d_params = push(d_grads)[1]
-      if not isinstance(cotangents[0], SymbolicZero):  # an optimizer reads the value
-        d_params = jax.tree.map(lambda d, g: d + d_value * g, d_params, grads)
-      if jax.tree.leaves(asked):
-        _, pull = jax.vjp(lambda asked: pure(params, optim.merge(asked, others)), asked)
-        (asked,) = pull((d_value, d_grads))
-      return d_params, asked
-
-    function = jax.custom_vjp(pure)
-    function.defvjp(forward, backward, symbolic_zeros=True)
-    value, grads = function(params, (keys, jaxpr.consts))
-    return value, checkpoint_name(grads, _GRADS)
-
-  return symmetric
-
-
-def _instantiate(cotangent):
-  if isinstance(cotangent, SymbolicZero):
-    return jnp.zeros(cotangent.shape, cotangent.dtype)
-  return cotangent
-
-
 def _by_task(batch, tasks):
   """Rows [T · R, ...] as [T, R, ...]."""
   rows = batch.index.shape[0]
   if rows % tasks:
     raise types.UsageError(f"m3s got a set of rows={rows}, which do not make tasks={tasks}.")
   return jax.tree.map(lambda a: a.reshape(tasks, rows // tasks, *a.shape[1:]), batch)
-
-
-def _check(order, mode, inner_steps, remat, tasks=1):
-  for name, value, allowed in (("order", order, ORDERS), ("mode", mode, MODES)):
-    if value not in allowed:
-      raise types.UsageError(f"{name} is {value!r}, expected one of {allowed}.")
-  for name, value in (("inner_steps", inner_steps), ("tasks", tasks)):
-    if value < 1:
-      raise types.UsageError(f"{name} is {value}, expected at least 1.")
-  if not callable(remat) and remat not in REMATS:
-    raise types.UsageError(
-      f"remat is {remat!r}, expected one of {REMATS} or a policy of jax.checkpoint."
-    )
 
 
 def m3s(
@@ -400,11 +172,11 @@ def m3s(
     UsageError: on an unknown order, mode or remat, fewer than one inner step or task, or rows
       that do not make T tasks with both sets.
   """
-  _check(order, mode, inner_steps, remat, tasks)
+  inner.check(order, mode, inner_steps, remat, tasks)
 
   def of_task(params, support, query, key, extra):
-    keys = meta_keys(key, inner_steps, fresh_masks)
-    adapted, support_losses = adapt(
+    keys = inner.meta_keys(key, inner_steps, fresh_masks)
+    adapted, support_losses = inner.adapt(
       loss,
       mask,
       params,
@@ -430,7 +202,8 @@ def m3s(
       return of_task(params, support, query, key, extra)
 
     def advance(extra, task):
-      value, aux = of_task(params, *task, extra)
+      support, query, key = task
+      value, aux = of_task(params, support, query, key, extra)
       # what a loss only passes on, such as a coefficient, keeps its derivative
       new = jax.tree.map(lambda a, b: b if b is a else jax.lax.stop_gradient(b), extra, aux.extra)
       return new, (value, aux.metrics)
@@ -438,7 +211,7 @@ def m3s(
     # a scan and no vmap: `extra` goes from task to task, and batched rbg keys depend on each other
     each = (_by_task(support, tasks), _by_task(query, tasks), jax.random.split(key, tasks))
     extra, (values, metrics) = jax.lax.scan(advance, extra, each)
-    return values.mean(), types.Aux(jax.tree.map(lambda m: m.mean(0), metrics), extra)
+    return jnp.mean(values), types.Aux(jax.tree.map(lambda m: m.mean(0), metrics), extra)
 
   return meta_loss
 
@@ -516,13 +289,13 @@ def m3s_method(
   Raises:
     UsageError: on unknown settings.
   """
-  _check(order, "reverse", inner_steps, remat, tasks)
+  inner.check(order, "reverse", inner_steps, remat, tasks)
   if inner_rates not in (None, "learned"):
     raise types.UsageError(f"inner_rates is {inner_rates!r}, expected 'learned' or None.")
-  settings = dict(name="sgd", learning_rate=1e-3) if optimizer is None else dict(optimizer)
+  settings: dict[str, Any] = dict(optimizer or dict(name="sgd", learning_rate=1e-3))
   # learned rates multiply the updates of an optimizer whose rates are all 1
   made = settings if inner_rates is None else _with_unit_rates(settings)
-  inner = optim.make(**made, differentiable=order == "second")
+  inner_optimizer = optim.make(**made, differentiable=order == "second")
 
   def wrap(loss, key, method_params, *, hessian="reverse"):
     del key
@@ -530,7 +303,7 @@ def m3s_method(
       loss,
       mask,
       inner_steps=inner_steps,
-      inner_optimizer=inner,
+      inner_optimizer=inner_optimizer,
       order=order,
       fresh_masks=fresh_masks,
       mode="mixed" if hessian == "symmetric" else "reverse",
