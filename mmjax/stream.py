@@ -212,7 +212,9 @@ class _Steps:
       for one in (key if self._together else [key])
     ]
     if self._together:
-      return (jax.tree.map(lambda *rows: jnp.stack(rows), *runs) for runs in zip(*passes))
+      return (
+        jax.tree.map(lambda *rows: jnp.stack(rows), *runs) for runs in zip(*passes, strict=True)
+      )
     return (parallel.assemble(drawn, self._mesh) for drawn in passes[0])
 
 

@@ -118,9 +118,14 @@ def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainS
     for number, phase in enumerate(recipe.system.phases):
       trained = optim.split(params, phase.trains)[0]
       if recipe.method.init is not None:
+        if not isinstance(trained, Mapping) or "method" in trained:
+          raise types.UsageError(
+            "a method with parameters of its own trains a system whose parameters are a dict"
+            ' without an entry "method".'
+          )
         own[phase.name] = recipe.method.init(jax.random.fold_in(key, number), trained)
       tree = _joined(recipe.method, trained, own.get(phase.name))
-      opt[phase.name] = recipe.optimizers[phase.name].init(tree)
+      opt[phase.name] = optim.permissive(recipe.optimizers[phase.name]).init(tree)
     return opt, own
 
   opt, own = init_phases(params, jax.random.fold_in(key, METHOD_INIT))
@@ -131,14 +136,7 @@ def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainS
 
 def _joined(method: types.Method, trained: types.Params, own: types.Params) -> types.Params:
   """The one tree that a phase's optimizer trains: the parameters, and the method's own."""
-  if method.init is None:
-    return trained
-  if not isinstance(trained, Mapping) or "method" in trained:
-    raise types.UsageError(
-      "a method with parameters of its own trains a system whose parameters are a dict without"
-      ' an entry "method".'
-    )
-  return {**trained, "method": own}
+  return trained if method.init is None else {**trained, "method": own}
 
 
 def _parted(method: types.Method, tree: types.Params) -> tuple[types.Params, types.Params]:
@@ -157,7 +155,7 @@ def make_step(
   `phase.trains` finds are differentiated, in the inner loop of a meta-gradient too.
   """
   method = recipe.method
-  optimizer = optax.with_extra_args_support(recipe.optimizers[phase.name])
+  optimizer = optim.permissive(recipe.optimizers[phase.name])
 
   def step(state, batch, key):
     trained, constant = optim.split(state.params, phase.trains)
