@@ -54,20 +54,16 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
     lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=getattr(a, "sharding", None)),
     template,
   )
-  if partial:
-    args = ocp.args.PyTreeRestore(
-      shapes,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
-      partial_restore=True,
-    )
-  else:
-    args = ocp.args.StandardRestore(shapes)
+  options = dict(
+    restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=partial
+  )
   damaged = []
   for step in sorted(checkpoints.all_steps(), reverse=True):
+    folder = pathlib.Path(checkpoints.directory) / str(step)
     try:
-      found = checkpoints.restore(step, args=args)
+      found = _read(folder, shapes, **options)
     except Exception as error:
-      if not _is_whole(pathlib.Path(checkpoints.directory) / str(step)):
+      if not _is_whole(folder):
         _LOG.warning("checkpoint %d in %s is damaged: %s", step, checkpoints.directory, error)
         damaged.append(step)
         continue
@@ -90,16 +86,19 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
   return None
 
 
+def _read(folder: pathlib.Path, item: Any = None, **options: Any) -> Any:
+  # not through the manager, which takes the other folders for what a damaged one looks like
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    return reader.restore(folder / "default", args=ocp.args.PyTreeRestore(item, **options))
+
+
 def _is_whole(folder: pathlib.Path) -> bool:
   """Whether every array of a checkpoint can be read."""
-  path, handler = folder / "default", ocp.PyTreeCheckpointHandler()
-  with ocp.Checkpointer(handler) as reader:
-    try:
-      tree = handler.metadata(path).tree
-      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-      reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
-    except Exception:  # of tensorstore, of json, of the file system …
-      return False
+  try:
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / "default").tree
+    _read(folder, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree))
+  except Exception:  # of tensorstore, of json, of the file system …
+    return False
   return True
 
 

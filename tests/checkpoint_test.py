@@ -23,7 +23,7 @@ def tree(value):
 def damages():
   def cut(folder):
     file = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    file.write_bytes(file.read_bytes()[:-1])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
   def lose(name):
     return lambda folder: [file.unlink() for file in folder.rglob(name)]
