@@ -190,7 +190,7 @@ def _call(kind: str, name: str, make: Callable, settings: Mapping[str, Any], **g
     return make(**settings)
   for setting in settings:
     if setting not in known:
-      there = [one for one in known if one not in given]
+      there = [one for one in known if one != "total_steps"]
       raise types.UsageError(
         f"{kind} {name!r} has no setting {setting!r}{registry.nearest(setting, there)}; there"
         f" are {', '.join(there)}."

@@ -458,8 +458,9 @@ def _direction(name: str) -> float:
     return 1.0 if metrics.info(metric).better == "max" else -1.0
   except (KeyError, types.UsageError):
     raise types.UsageError(
-      f"select {name!r}: metrics.METRICS does not tell whether more of {metric!r} is"
-      f" better{registry.nearest(metric, metrics.METRICS)}; a metric of your own needs a row there."
+      f"select {name!r}: there is no metric {metric!r}"
+      f"{registry.nearest(metric, metrics.METRICS)}; there are {', '.join(metrics.METRICS)}. One of"
+      " your own needs a row in metrics.METRICS, which tells whether more of it is better."
     ) from None
 
 

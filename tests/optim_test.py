@@ -147,7 +147,10 @@ def test_polyak_reads_the_value_through_the_whole_chain():
   "settings, message",
   [
     (dict(name="adamm"), "unknown optimizer 'adamm' .did you mean 'adam"),
-    (dict(bb1=0.9), "optimizer 'adam' has no setting 'bb1' .did you mean 'b1'.; there are .*eps"),
+    (
+      dict(bb1=0.9),
+      "optimizer 'adam' has no setting 'bb1' .did you mean 'b1'.*; there are learning_rate, .*eps",
+    ),
     (dict(name="sgd", b1=0.9), "optimizer 'sgd' has no setting 'b1'.*momentum"),
     (dict(groups=(("bert", dict(rate_typo=1)),)), "rate_typo"),
     (dict(learning_rate={"name": "cosine", "peak": 1.0, "peek": 1}), "'peek'.*'peak'.*warmup, end"),

@@ -277,12 +277,12 @@ def test_each_metric_selects_its_own_epoch_in_its_own_direction():
 @pytest.mark.parametrize(
   "changed, message",
   [
-    (dict(select=("valid/mea",)), "METRICS does not tell.*did you mean 'mae'"),
+    (dict(select=("valid/mea",)), "no metric 'mea' .did you mean 'mae'.*there are .*corr"),
     (dict(select=("test/mae",)), "'test/mae' is not evaluated.*there are valid/mae"),
     (dict(select=("valid/corr",)), "'valid/corr' is not evaluated.*there are valid/mae"),
     (dict(select=("mae",)), 'no "split/metric"'),
     (dict(select="valid/mae"), "expected a tuple"),
-    (dict(select=("valid/mine",)), "METRICS does not tell.*needs a row"),
+    (dict(select=("valid/mine",)), "no metric 'mine'.*needs a row"),
     (dict(batch_size=0), "batch_size is 0"),
     (dict(epochs=-1), "epochs is -1"),
     (dict(patience=0), "patience is 0"),
