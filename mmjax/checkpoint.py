@@ -59,7 +59,7 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
   )
   damaged = []
   for step in sorted(checkpoints.all_steps(), reverse=True):
-    folder = pathlib.Path(checkpoints.directory) / str(step)
+    folder = checkpoints.directory / str(step)
     try:
       found = _read(folder, shapes, **options)
     except Exception as error:
@@ -86,13 +86,13 @@ def restore(checkpoints: ocp.CheckpointManager, template: Any, *, partial: bool 
   return None
 
 
-def _read(folder: pathlib.Path, item: Any = None, **options: Any) -> Any:
+def _read(folder: Any, item: Any = None, **options: Any) -> Any:
   # not through the manager, which takes the other folders for what a damaged one looks like
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     return reader.restore(folder / "default", args=ocp.args.PyTreeRestore(item, **options))
 
 
-def _is_whole(folder: pathlib.Path) -> bool:
+def _is_whole(folder: Any) -> bool:
   """Whether every array of a checkpoint can be read."""
   try:
     tree = ocp.PyTreeCheckpointHandler().metadata(folder / "default").tree

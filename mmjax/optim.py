@@ -383,5 +383,6 @@ def make(
   optimizer = optax.chain(*steps)
   if accumulate > 1:  # PyTorch adds the gradients of several backward passes up
     multi = optax.MultiSteps(optimizer, accumulate, use_grad_mean=False)
-    optimizer = optax.GradientTransformationExtraArgs(multi.init, multi.update)
+    update: Any = multi.update  # which takes extra arguments
+    optimizer = optax.GradientTransformationExtraArgs(multi.init, update)
   return in_float32(optimizer)

@@ -73,7 +73,7 @@ class Stream(NamedTuple):
     """
     seeds = np.asarray(jax.random.bits(key, (draws, 2), "uint32")).astype(np.int64)
     own = batch_size // jax.process_count()
-    serialized = FORMATS[self.builder.info.file_format.value](self.builder)
+    serialized = _reader(self.builder)
     # read and parsed as batches: row by row it takes twice the time
     passes = [
       serialized(*self._part(turn), self.buffer, seed, own).map(self._parse) for turn, seed in seeds
@@ -90,7 +90,7 @@ class Stream(NamedTuple):
 
   def columns(self, keys: Sequence[str], size: int = 4096) -> dict[str, np.ndarray]:
     """Some fields of all rows, in order; only these are decoded, `size` rows at a time."""
-    serialized = FORMATS[self.builder.info.file_format.value](self.builder)
+    serialized = _reader(self.builder)
     parse = functools.partial(self._parse, keys=keys)
     parts = [
       fields
@@ -179,6 +179,13 @@ FORMATS: Mapping[str, Callable[[Any], Callable]] = {
 }
 
 
+def _reader(builder: Any) -> Callable:
+  kind = builder.info.file_format.value
+  if kind not in FORMATS:
+    raise data.DataError(f"{builder.name} is stored as {kind}; what streams are {list(FORMATS)}.")
+  return FORMATS[kind](builder)
+
+
 def make_program(
   advance: sources.Advance, mesh: Mesh | None, *, together: bool = False
 ) -> Callable[..., tuple]:
@@ -254,11 +261,8 @@ def open_dataset(
     DataError: if there is no complete dataset of that name, or a key is missing.
   """
   tfds = data.import_tfds()
-  builder = tfds.builder_from_directory(str(data.dataset_folder(data_dir, name)))
-  if builder.info.file_format.value not in FORMATS:
-    raise data.DataError(
-      f"{name} is stored as {builder.info.file_format.value}; what streams are {list(FORMATS)}."
-    )
+  builder: Any = tfds.builder_from_directory(str(data.dataset_folder(data_dir, name)))
+  _reader(builder)  # refuses other formats at once
   held = data.read_arrays(data_dir, name, splits=("valid", "test"))
   arrays = {"train": data.read_columns(builder, "train[:1]"), **held}
   dataset = data.from_arrays(arrays, name=name, text=text, task=task)

@@ -302,16 +302,19 @@ def fit(
   """
   source, one = sources.as_source(source), isinstance(evaluators, Mapping)
   _check_recipe(recipe, source)
-  runs = ([evaluators], [progress], [key]) if one else tuple(map(list, (evaluators, progress, key)))
-  if len({len(part) for part in runs}) != 1 or not runs[0]:
+  evaluators, progresses, keys = (
+    [part] if one else list(part) for part in (evaluators, progress, key)
+  )
+  if not len(evaluators) == len(progresses) == len(keys) > 0:
     raise types.UsageError("runs side by side need as many evaluators as progresses and keys.")
   if not one and recipe.mesh is not None:
     raise types.UsageError("runs side by side train on one device: the recipe's mesh must be None.")
-  for its, where in zip(*runs[:2], strict=True):
+  for its, where in zip(evaluators, progresses, strict=True):
     _check_select(recipe, its, where)
   if not one:
-    return _fit(recipe, source, *runs, seconds, pause, together=True)
-  alone = _fit(recipe, source, *runs, seconds, lambda all_: pause(all_[0]), together=False)
+    return _fit(recipe, source, evaluators, progresses, keys, seconds, pause, together=True)
+  first = lambda progresses: pause(progresses[0])  # noqa: E731
+  alone = _fit(recipe, source, evaluators, progresses, keys, seconds, first, together=False)
   return (report for (report,) in alone)
 
 
@@ -369,12 +372,12 @@ def _fit(recipe, source, evaluators, progresses, keys, seconds, pause, *, togeth
           pause(list(progresses))
       for n in active:
         progresses[n] = progresses[n]._replace(phase=np.int32(number + 1), done=np.int32(0))
-    reports = [None] * len(progresses)
+    reports: list[EpochReport | None] = [None] * len(progresses)
     for n in active:
       now = parallel.local((progresses[n].state.params, progresses[n].state.extra))
       evaluated = {name: dict(evaluate(*now)) for name, evaluate in evaluators[n].items()}
-      reports[n] = _finish_epoch(recipe, progresses[n], evaluated, source.rows, batch_size)
-      progresses[n] = reports[n].progress
+      report = _finish_epoch(recipe, progresses[n], evaluated, source.rows, batch_size)
+      reports[n], progresses[n] = report, report.progress
     yield reports
 
 
