@@ -18,6 +18,7 @@ in float32, as in the references: a prediction of float32(0.1) stays in the midd
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -227,3 +228,11 @@ def _weighted_f1(p: np.ndarray, y: np.ndarray) -> float:
   if not len(y):
     return float("nan")
   return float(f1_score(y, p, average="weighted", zero_division=0))
+
+
+class Metric(NamedTuple):  # stand-in: the metrics rows are another branch's
+  better: str
+
+
+def info(name: str) -> Metric:
+  return Metric(METRICS[name])
