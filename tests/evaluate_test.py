@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import toy
-from mmjax import evaluate, masking, types
+from mmjax import data, evaluate, masking, types
 
 SPLIT = toy.make_batch(10, seed=3)
 PARAMS, EXTRA = toy.init(jax.random.key(0), toy.SPEC)
@@ -123,7 +123,7 @@ def test_every_cell_reads_what_its_own_mask_leaves_and_nothing_else():
 def test_token_ids_that_are_missing_become_unk():
   ids = np.arange(1001, 1007, dtype=np.int32)[None].repeat(2, 0)
   valid = np.arange(6) < np.array([[6], [4]])
-  split = evaluate.data.take(SPLIT, np.arange(2))._replace(
+  split = data.take(SPLIT, np.arange(2))._replace(
     text=types.modality(np.where(valid, ids, 0), valid)
   )
   read = types.System(toy.init, lambda params, batch, extra: {"prediction": batch.text.x}, ())
