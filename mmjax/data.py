@@ -98,9 +98,10 @@ def from_arrays(
   Warns:
     UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
-  checked = check.check(arrays, name, name, label_range=label_range)
+  _check_options(text, task)
+  checked = check.check(arrays, name, name, task=task, label_range=label_range)
   for note in checked.notes:
-    warnings.warn(note, stacklevel=2)
+    warnings.warn(f"{name}: {note}", stacklevel=2)
   return make_dataset(
     checked.arrays,
     name=name,
@@ -121,10 +122,7 @@ def make_dataset(
   label_range: tuple[float, float] | None = None,
 ) -> Dataset:
   """`from_arrays` of arrays that were checked, such as converted ones."""
-  if text not in TEXTS:
-    raise DataError(f"text is {text!r}, expected one of {TEXTS}.")
-  if task not in TASKS:
-    raise DataError(f"task is {task!r}, expected one of {TASKS}.")
+  _check_options(text, task)
   splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
   if standardize:
     found = _moments(splits["train"])
@@ -134,6 +132,13 @@ def make_dataset(
   spec = make_spec(splits["train"], labels, name, task, label_range, largest)
   ids = {split: [str(i) for i in arrays[split]["id"]] for split in SPLITS}
   return Dataset(**splits, spec=spec, ids=ids, name=name)
+
+
+def _check_options(text: str, task: str) -> None:
+  if text not in TEXTS:
+    raise DataError(f"text is {text!r}, expected one of {TEXTS}.")
+  if task not in TASKS:
+    raise DataError(f"task is {task!r}, expected one of {TASKS}.")
 
 
 def make_spec(

@@ -125,57 +125,6 @@ def test_a_missing_file_is_named(tmp_path):
     check.read(tmp_path / "gone.pkl", "any")
 
 
-# -- checking --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  "split, key, value, found",
-  [
-    ("valid", "audio", None, "the keys"),
-    ("test", "regression_labels", np.zeros(3, np.float32), "3 rows, expected 4"),
-    ("train", "vision", np.zeros((12, 25)), r"shape \(12, 25\), expected 3 axes"),
-    ("valid", "id", [], "no rows"),
-    ("test", "id", ["a", "b", "a", "c"], "'a' twice"),
-    ("train", "regression_labels", np.full(12, 3.5, np.float32), "3.5 in row 0"),
-    ("train", "regression_labels", np.full(12, np.nan, np.float32), "nan in row 0"),
-    ("train", "classification_labels", np.full(12, 0.5), "0.5 in row 0"),
-    ("train", "audio_lengths", [31] * 12, "31 in row 0.*expected 0 to 30"),
-    ("test", "audio", np.zeros((4, 30, 9), np.float32), r"rows of shape \(30, 9\)"),
-    ("test", "text_bert", np.zeros((4, 2, 20), np.float32), r"\[N, 3, L\]"),
-    ("test", "id", list(ARRAYS["train"]["id"][:4]), "which is in 'train' too"),
-    ("test", "annotations", None, "it in some splits only"),
-    ("test", "audio", [[1.0], [2.0, 3.0]], "no array of numbers"),
-  ],
-)
-def test_a_fault_is_named_with_file_split_and_key(split, key, value, found):
-  expected = rf"mosi\.pkl, split '{split}', key '{key}': found .*{found}"
-  with pytest.raises(data.DataError, match=expected):
-    check.check(edited(split, key, value), "mosi.pkl", "mosi")
-
-
-def test_missing_splits_and_other_things_are_named():
-  arrays = {split: fields for split, fields in ARRAYS.items() if split != "valid"}
-  with pytest.raises(data.DataError, match=r"f\.pkl, split 'valid': found the splits"):
-    check.check(arrays, "f.pkl", "any")
-  with pytest.raises(data.DataError, match="found a list, expected a dictionary"):
-    check.check([1], "f.pkl", "any")
-
-
-def test_values_that_are_not_finite_become_zero_and_are_counted(tmp_path):
-  arrays = copy.deepcopy(ARRAYS)
-  arrays["train"]["audio"][0, 0, :3] = [-np.inf, np.nan, np.inf]
-  checked = check.check(arrays, "f.pkl", "any")
-  assert checked.replaced["train"] == {"audio": 3} and not checked.replaced["test"]
-  assert (checked.arrays["train"]["audio"][0, 0, :3] == 0).all()
-  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
-  text = card.to_text(card.make_card(check.read(path, "any"), path, "any", "tfrecord"))
-  assert "train/audio: 3 NaN or infinite values became 0" in text
-
-
-def test_labels_of_an_unknown_dataset_may_lie_anywhere():
-  check.check(edited("train", "regression_labels", np.full(12, 70.0)), "f.pkl", "other")
-
-
 # -- converting ------------------------------------------------------------------------------
 
 
