@@ -1,5 +1,6 @@
 import collections
 import copy
+import json
 import os
 import pathlib
 import pickle
@@ -7,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from data_prep import card, check, convert, unpickle
-from mmjax import data, synthetic
+from mmjax import data, padding, synthetic
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARRAYS = synthetic.make_arrays(seed=2, num_train=12, num_valid=4, num_test=4)
@@ -184,6 +186,54 @@ def test_a_dataset_is_replaced_on_demand_only(converted):
   assert [path.name for path in (converted / "data").iterdir()] == ["any"]
 
 
+def test_a_modality_that_is_absent_has_no_statistics(tmp_path):
+  arrays = copy.deepcopy(ARRAYS)
+  for fields in arrays.values():
+    fields["vision"][:], fields["vision_lengths"] = 0, [0] * len(fields["id"])
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  folder = convert.convert(path, "any", tmp_path / "data")
+
+  def refuse(name):
+    raise AssertionError(name)  # NaN is no JSON
+
+  found = json.loads((folder / "card.json").read_text(), parse_constant=refuse)
+  assert found["standardize"].keys() == {"audio"}
+  assert found["lengths"]["train"]["vision"] == {"min": 0, "mean": 0, "max": 0}
+
+
+def test_what_was_padded_in_front_is_stored_straight(tmp_path):
+  arrays = copy.deepcopy(ARRAYS)
+  for fields in arrays.values():
+    x, lengths = fields["audio"], fields["audio_lengths"]
+    fields["audio"] = np.stack(
+      [np.roll(row, len(row) - n, 0) for row, n in zip(x, lengths, strict=True)]
+    )
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  convert.convert(path, "any", tmp_path / "data")
+  for split, fields in data.read_arrays(tmp_path / "data", "any").items():
+    np.testing.assert_array_equal(fields["audio"], ARRAYS[split]["audio"])
+  found = data.read_card(tmp_path / "data", "any")
+  moved = found["moved"]["train"]["audio"]
+  assert f"note: train/audio: {moved} of 12 rows were padded in front" in card.to_text(found)
+
+
+def test_a_conversion_holds_its_arrays_once(tmp_path, monkeypatch):
+  """Beside the file's size there are only blocks and rows."""
+  monkeypatch.setattr(padding, "_BLOCK", 1 << 18)
+  arrays = synthetic.make_arrays(seed=0, num_train=200, num_valid=50, num_test=50)
+  for fields in arrays.values():  # 300 rows of 80 kB
+    fields["audio"] = np.tile(fields["audio"], (1, 10, 8))
+    fields["audio_lengths"] = [300] * len(fields["id"])
+  arrays["train"]["audio"][0, 0, 0] = -np.inf  # mended in place
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  del arrays, fields
+  tracemalloc.start()
+  convert.convert(path, "any", tmp_path / "data")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 1.25 * path.stat().st_size
+
+
 def run(module, *flags):
   command = [sys.executable, "-m", f"data_prep.{module}", *flags]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -217,5 +267,6 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path):
     data.load(target, "any")
   done = run("convert", *flags)
   assert done.returncode == 0 and "rows     train 2000" in done.stdout
+  assert done.stderr == ""  # no bars, no chatter of TensorFlow's
   assert data.load(target, "any").spec.num_train == 2000
   assert [path.name for path in target.iterdir()] == ["any"]
