@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,7 +14,7 @@ _SHARD = 1 << 28  # bytes of a file, about
 
 
 def write(
-  arrays: dict[str, Mapping[str, np.ndarray]],
+  arrays: dict[str, dict[str, np.ndarray]],
   data_dir: pathlib.Path,
   name: str,
   file_format: str,
@@ -35,6 +35,7 @@ def write(
     The dataset's folder, data_dir/name/version.
   """
   tfds = data.import_tfds()
+  from etils import epath  # TensorFlow Datasets' paths
   from tensorflow_datasets.core import file_adapters
 
   def feature(value):
@@ -59,7 +60,7 @@ def write(
       path = folder / f"{name}-{split}.{file_format}-{n:05d}-of-{shards:05d}"
       adapter.write_examples(path, _serialized(features, fields, ends[n], ends[n + 1]))
     template = tfds.core.ShardedFileTemplate(
-      data_dir=folder, dataset_name=name, split=split, filetype_suffix=file_format
+      data_dir=epath.Path(folder), dataset_name=name, split=split, filetype_suffix=file_format
     )
     lengths = np.diff(ends).tolist()
     written.append(

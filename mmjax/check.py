@@ -111,7 +111,7 @@ def check(
     if not isinstance(fields, Mapping):
       fail(path, split, found=f"a {type(fields).__name__}", expected="a dictionary of fields")
     fields = dict(fields)
-    if own:
+    if own and isinstance(found, dict):
       found[split] = None  # each array is let go when its clean one is there
     _name_labels(fields, path, split, dataset, notes)
     left_out |= {str(key) for key in fields if key not in RANKS}

@@ -194,16 +194,17 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
   }
   valid = valid_steps({**fields, **others}, text)
   key = "regression_labels" if task == "regression" else "classification_labels"
-  label = _get(fields, key, where, f"which task={task!r} reads").reshape(-1)
+  label: Any = _get(fields, key, where, f"which task={task!r} reads").reshape(-1)
   for letter, modality in (("T", "text"), ("A", "audio"), ("V", "vision")):
     if f"regression_labels_{letter}" in fields:
       values = np.asarray(fields[f"regression_labels_{letter}"], np.float32)
       info[f"label_{modality}"] = values.reshape(-1)
+  index: Any = np.arange(len(label), dtype=np.int32)
   return types.Batch(
     text=types.modality(x, valid["text"]),
     **{m: types.modality(others[m], valid[m]) for m in others},
     label=label.astype(np.float32 if task == "regression" else np.int32),
-    index=np.arange(len(label), dtype=np.int32),
+    index=index,
     info=info,
   )
 
@@ -218,12 +219,12 @@ def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str,
   Returns:
     {"text", "audio", "vision": array}.
   """
-  mask = np.asarray(fields["text_bert"])[:, 1] > 0 if "text_bert" in fields else None
-  if text == "tokens" or (text is None and "text" not in fields):
-    found = {"text": mask}
+  tokens = fields.get("text_bert")
+  read_tokens = text == "tokens" or (text is None and "text" not in fields)
+  if tokens is not None and (read_tokens or tokens.shape[2] == fields["text"].shape[1]):
+    found = {"text": tokens[:, 1] > 0}
   else:
-    same = mask is not None and mask.shape[1] == fields["text"].shape[1]
-    found = {"text": mask if same else _until_last_nonzero(fields["text"])}
+    found = {"text": _until_last_nonzero(fields["text"])}
   for m in ("audio", "vision"):
     x, lengths = fields[m], fields.get(f"{m}_lengths")
     if lengths is not None:

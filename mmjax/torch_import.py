@@ -212,7 +212,7 @@ def from_torch(
   Raises:
     StateDictError: lists the names that are unknown, missing or misshapen.
   """
-  flat = flax.traverse_util.flatten_dict(template, sep="/")
+  flat: dict[str, Any] = flax.traverse_util.flatten_dict(template, sep="/")
   found, unknown, misshapen = {}, [], {}
   for name, value in state.items():
     target = _target(name, rules)
