@@ -120,13 +120,11 @@ def to_text(card: dict[str, Any]) -> str:
   for split, labels in card["labels"].items():
     for key, counts in labels.items():
       lines.append(f"{split} {key}: " + ", ".join(f"{v}: {n}" for v, n in counts.items()))
-  lines += [f"note: {note}" for note in card["notes"]]
+  lines += [f"note: {note}" for note in card.get("notes", ())]  # older cards have none
   if card["videos_in_two_splits"]:
     names = ", ".join(entry["video"] for entry in card["videos_in_two_splits"][:5])
     lines.append(
       f"note: {len(card['videos_in_two_splits'])} videos have clips in two splits ({names} …):"
       " test results may profit from speakers seen in training"
     )
-  if card["left_out"]:
-    lines.append(f"note: left out, not in the MMSA layout: {', '.join(card['left_out'])}")
   return "\n".join(lines)

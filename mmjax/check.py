@@ -110,7 +110,7 @@ def check(
     fields = found[split]
     if not isinstance(fields, Mapping):
       fail(path, split, found=f"a {type(fields).__name__}", expected="a dictionary of fields")
-    fields = dict(fields)
+    fields = {key: value for key, value in fields.items() if value is not None}
     if own and isinstance(found, dict):
       found[split] = None  # each array is let go when its clean one is there
     _name_labels(fields, path, split, dataset, notes)
@@ -120,6 +120,8 @@ def check(
   _check_across(arrays, path)
   if CLASSES in arrays["train"]:
     notes += _check_classes(arrays, path) if task != "regression" else []
+  if left_out:
+    notes.append(f"left out, not in the MMSA layout: {', '.join(sorted(left_out))}")
   replaced, moved = {}, {}
   for split, fields in arrays.items():
     replaced[split] = _replace(fields, split, own, notes)
@@ -147,21 +149,21 @@ def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
     if not any(key in fields for key in group):
       keys = f"the keys {sorted(map(str, fields))}"
       fail(path, split, " or ".join(group), found=keys, expected="this key too")
-  if "id" not in fields:
-    rows = len(fields["audio"])
-    fields["id"] = [f"{split}_{row}" for row in range(rows)]
-    notes.append("there are no ids: samples are named by their split and row")
   clean = {}
   for key, rank in RANKS.items():
     if key not in fields:
       continue
     value = fields.pop(key)
     if key in STRINGS:
-      clean[key] = _texts(value, "$_$" if key == "id" else " ")
+      clean[key] = _texts(value, path, split, key)
     elif key in LABELS or key.startswith(REGRESSION):
       clean[key] = _labels(_numbers(value, path, split, key), path, split, key, notes)
     else:
       clean[key] = _shaped(_numbers(value, path, split, key), rank, path, split, key)
+  if "id" not in clean:
+    named = [f"{split}_{row}" for row in range(len(clean["audio"]))]
+    clean["id"] = _texts(named, path, split, "id")
+    notes.append("there are no ids: samples are named by their split and row")
   rows = len(clean["id"])
   if not rows:
     fail(path, split, "id", found="no rows", expected="at least one sample")
@@ -171,8 +173,11 @@ def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
   return clean
 
 
-def _texts(value, joint: str) -> np.ndarray:
+def _texts(value, path, split, key) -> np.ndarray:
   """Strings, or tuples of them such as MulT's ids (video, start, end), as str objects."""
+  joint = "$_$" if key == "id" else " "  # as in MMSA's ids, video$_$clip
+  if isinstance(value, str | bytes) or not np.iterable(value):
+    fail(path, split, key, found=f"a {type(value).__name__}", expected="one string for each row")
 
   def text(v):
     if isinstance(v, list | tuple | np.ndarray):
@@ -191,11 +196,12 @@ def _numbers(value, path, split, key) -> np.ndarray:
     if array.dtype.kind in "cmM":
       raise TypeError(f"its type is {array.dtype}")
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-      with np.errstate(over="ignore"):  # counted later
-        # tolist: rows may be arrays themselves
+      with np.errstate(over="ignore"):  # counted later; rows may be arrays themselves
         array = np.array(array.tolist() if array.dtype == object else array, np.float32)
   except (ValueError, TypeError) as error:
     fail(path, split, key, found=f"no array of numbers ({error})", expected="one of equal rows")
+  if not array.dtype.isnative:
+    array = array.astype(array.dtype.newbyteorder("="))
   if not array.ndim:
     fail(path, split, key, found="a single number", expected="an array, rows first")
   return array
@@ -260,7 +266,9 @@ def _check_values(clean, path, split, dataset, label_range) -> None:
   classes = known(NUM_CLASSES, dataset)
   for key in clean:
     if key.startswith(REGRESSION):
-      _at_fault(path, split, key, clean, ~np.isfinite(clean[key]), "a finite label")
+      with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(clean[key].astype(np.float32))
+      _at_fault(path, split, key, clean, wrong, "a finite label")
       wrong = (clean[key] < low) | (clean[key] > high)
       _at_fault(path, split, key, clean, wrong, f"labels from {low:g} to {high:g}")
   if CLASSES in clean:

@@ -142,7 +142,7 @@ class _Split:
       lost = (lengths == 0) & (end > 0)
       if lost.any():
         lengths = np.where(lost, np.where(front, steps - first, end), lengths)
-        self.change(name)[:] = lengths
+        self.fields[name] = lengths.astype(self.fields[name].dtype)
         self.note(key, lost, "have a length of 0 but are not empty: the values gave their length")
       shift, beyond = _fit(first, end, lengths, x)
       hollow = front & (lengths == steps)

@@ -56,6 +56,8 @@ def one_hot(columns, n=12):
     ("train", "regression_labels", np.full(12, np.nan, np.float32), "nan in row 0.*finite"),
     ("train", "regression_labels", np.zeros((12, 7)), r"shape \(12, 7\).*labels\[:, 0\]"),
     ("train", "regression_labels", one_hot(4), r"shape \(12, 4\), expected one label"),
+    ("train", "regression_labels", np.full(12, 1e39), r"1e\+39 in row 0.*finite"),
+    ("train", "id", 3, "a int, expected one string for each row"),
     ("train", "regression_labels", 1.0, "a single number"),
     ("train", "regression_labels", ["good"] * 12, "no array of numbers"),
     ("train", "classification_labels", np.full(12, 0.5), "0.5 in row 0"),
@@ -172,13 +174,23 @@ def test_samples_without_ids_are_named():
   assert found.ids["valid"] == ["valid_0", "valid_1", "valid_2", "valid_3"]
 
 
+def test_unknown_keys_are_noted_and_empty_ones_ignored():
+  arrays = edited("train", "audio_length", [3] * 12)  # a slip
+  arrays["test"]["raw_video"] = None
+  with pytest.warns(UserWarning, match="left out, not in the MMSA layout: audio_length$"):
+    data.from_arrays(arrays, name="any")
+
+
 def test_objects_and_half_precision_are_numbers():
   audio = ARRAYS["train"]["audio"]
   rows = np.empty(12, object)
   rows[:] = list(audio)
   arrays = edited("train", "audio", rows)
   arrays["train"]["vision"] = arrays["train"]["vision"].astype(np.float16)
+  arrays["test"]["text"] = arrays["test"]["text"].astype(">f4")
   arrays["train"]["regression_labels"] = list(map(str, arrays["train"]["regression_labels"]))
+  checked = check.check(arrays, "f", "any")
+  assert checked.arrays["test"]["text"].dtype.isnative
   train = data.from_arrays(arrays, name="any").train
   np.testing.assert_array_equal(train.audio.x, audio)
   np.testing.assert_allclose(train.vision.x, ARRAYS["train"]["vision"], rtol=1e-2, atol=1e-6)
