@@ -12,7 +12,6 @@ Needs the extra "parity" (torch).
 
 import importlib
 import pathlib
-import pickle
 import sys
 from collections.abc import Mapping
 
@@ -25,6 +24,7 @@ from ml_collections import config_flags
 from experiments import run as run_lib
 from experiments import workdir as workdir_lib
 from mmjax import checkpoint, models, torch_import
+from mmjax.torch_import import read_state
 
 _MODEL = flags.DEFINE_enum("model", None, list(models.MODELS), "The published model.")
 _DATASET = flags.DEFINE_string("dataset", "mosi", "Name of the converted dataset.")
@@ -32,38 +32,6 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; the mode
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The .pth file, or MMIN's folder.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the converted datasets.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the run that is written.")
-
-
-def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a .pth file, or of all networks "…net_NAME.pth" in a folder as "NAME.…".
-
-  Raises:
-    ValueError: if it is missing, or holds anything but tensors.
-  """
-  if path.is_dir():
-    files = sorted(path.glob("*net_*.pth"))
-    if not files:
-      raise ValueError(f"{path}: holds no network, expected files like `30_net_A.pth`.")
-    prefixes = [file.stem.rpartition("net_")[2] + "." for file in files]
-    return {
-      prefix + name: value
-      for prefix, file in zip(prefixes, files, strict=True)
-      for name, value in read_state(file).items()
-    }
-  try:
-    import torch
-  except ImportError:
-    raise ValueError("reading PyTorch files needs torch: pip install 'mmjax[parity]'") from None
-  try:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-  except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-    raise ValueError(
-      f"{path}: cannot be read as a state_dict ({str(error).splitlines()[0]}). Save it with"
-      " `torch.save(model.state_dict(), path)`."
-    ) from None
-  if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
-    raise ValueError(f"{path}: is no state_dict, expected a mapping of names to tensors.")
-  return {name.removeprefix("module."): value.numpy() for name, value in state.items()}
 
 
 def import_state(

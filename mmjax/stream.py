@@ -265,11 +265,11 @@ def open_dataset(
   _reader(builder)  # refuses other formats at once
   held = data.read_arrays(data_dir, name, splits=("valid", "test"))
   arrays = {"train": data.read_columns(builder, "train[:1]"), **held}
-  dataset = data.from_arrays(arrays, name=name, text=text, task=task)
-  moments = {}
+  dataset = data.make_dataset(arrays, name=name, text=text, task=task)
+  card, moments = data.read_card(data_dir, name), {}
   if standardize:
-    known = data.read_card(data_dir, name)["standardize"]
-    moments = {m: data.as_moments(**known[m]) for m in known if text == "features" or m != "text"}
+    known = card["standardize"]
+    moments = {m: data.as_moments(**known[m]) for m in data.STANDARDIZED if m in known}
   example, valid, test = (
     data.scale(batch, moments) for batch in (dataset.train, dataset.valid, dataset.test)
   )
@@ -285,7 +285,7 @@ def open_dataset(
   label = "regression_labels" if task == "regression" else "classification_labels"
   columns = train.columns(["id", label])
   labels = np.concatenate([columns[label].reshape(-1), valid.label, test.label])
-  spec = data.make_spec(example, labels, name, task, label_range)
+  spec = data.make_spec(example, labels, name, task, label_range, card.get("largest_id"))
   return dataset._replace(
     train=train,
     valid=valid,
