@@ -2,11 +2,12 @@
 
 The clean values are erased before a model runs, so no prediction can depend on what is
 missing. Masks are a function of (condition, mask seed, sample) alone: neither the batch
-size, nor the order, nor the other conditions of a grid change a result, and every model
-sees the same missing data.
+size, nor the order, nor the other conditions of a grid, nor the kind of random keys change a
+result, and every model sees the same missing data.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,73 +21,148 @@ from mmjax import data, masking, metrics, parallel, types
 # Letters of missing sets, as in the tables of the field: l(anguage), a(udio), v(ision).
 LETTERS = {"l": 0, "a": 1, "v": 2}
 
+RATES = "rates are 0,0.3, intervals 0.4-0.6, or first:last:step as in 0:0.9:0.1, within [0, 1]"
+_NUMBER = r"\s*((?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)\s*"
+
+Grid = Callable[[types.Params, types.Extra], np.ndarray]
+
 
 class Condition(NamedTuple):
-  """One missing-data condition.
+  """One missing-data condition: a mask, and the part of its settings that a grid traces.
 
   Attributes:
-    kind: "rate" or "missing".
-    name: "0.3", "0.4-0.6", or the letters of the missing modalities, "la".
-    rates: [3, 2] lowest and highest missing rate of text, audio, vision.
+    kind: of table in which it stands, "rate" or "missing" or one of your own.
+    name: of the condition among its kind: "0.3", "0.4-0.6", or the letters of the missing
+      modalities, "la".
+    mask: the factory: `mask(**settings)` is the `MaskFn`. A grid compiles one program for all
+      conditions of the same factory (the same object) with settings of the same shapes.
+    settings: arrays by name. They pick the masks, in thousandths, together with the seed.
   """
 
   kind: str
   name: str
-  rates: np.ndarray
+  mask: Callable[..., types.MaskFn]
+  settings: dict[str, Any]
 
 
-def rate_condition(low: float, high: float | None = None) -> Condition:
-  """The same missing rate, or interval of rates, for all modalities."""
+def rate_condition(
+  low: float, high: float | None = None, *, mask: Callable[..., types.MaskFn] = masking.span
+) -> Condition:
+  """The same missing rate, or interval of rates, for all modalities.
+
+  Args:
+    low, high: lowest and highest rate; one rate if `high` is None.
+    mask: a factory that takes `rate`, such as `masking.family("span", axis="feature")`.
+
+  Returns:
+    The condition; its setting is "rate" [3, 2], lowest and highest of text, audio, vision.
+
+  Raises:
+    UsageError: on rates that are not within [0, 1] in rising order, a mask without a rate.
+  """
   high = low if high is None else high
   if not 0 <= low <= high <= 1:
-    raise ValueError(f"missing rates {low}, {high} are not within [0, 1] in rising order.")
+    raise types.UsageError(
+      f"missing rates {low:g}, {high:g} are not within [0, 1] in rising order."
+    )
   name = f"{low:g}" if low == high else f"{low:g}-{high:g}"
-  return Condition("rate", name, np.tile(np.float32([low, high]), (3, 1)))
+  return _condition("rate", name, mask, np.tile(np.float32([low, high]), (3, 1)))
 
 
-def missing_condition(letters: str) -> Condition:
-  """Whole modalities missing (their rate is 1), the others complete: "l", "a", "v", "la" …"""
-  if not letters or set(letters) - set(LETTERS):
-    raise ValueError(f"missing set {letters!r} is not made of the letters l, a, v.")
+def missing_condition(
+  letters: str, *, mask: Callable[..., types.MaskFn] = masking.span
+) -> Condition:
+  """Whole modalities missing (their rate is 1), the others complete.
+
+  Args:
+    letters: of the missing modalities, in any order: "l", "a", "v", "la" …
+    mask: as in `rate_condition`; with the same one, a grid of both is one program.
+
+  Returns:
+    The condition, its name in the order l, a, v.
+
+  Raises:
+    UsageError: on no letter, another one, or the same one twice; a mask without a rate.
+  """
+  if not letters or set(letters) - set(LETTERS) or len(set(letters)) < len(letters):
+    raise types.UsageError(
+      f"missing set {letters!r} must be made of the letters l (text), a (audio), v (vision),"
+      " each at most once, as in la."
+    )
   rates = np.zeros((3, 2), np.float32)
   rates[[LETTERS[letter] for letter in letters]] = 1.0
-  return Condition("missing", letters, rates)
+  return _condition("missing", "".join(sorted(letters, key="lav".index)), mask, rates)
 
 
-def parse_rates(text: str) -> list[Condition]:
-  """Rate conditions of "first:last:step" (both ends included), "0,0.3" or "0.4-0.6"."""
-  if ":" in text:
-    first, last, step = (float(part) for part in text.split(":"))
-    if step <= 0:
-      raise ValueError(f"rates {text!r}: the step must be positive.")
-    count = int((last - first) / step + 1 + 1e-6)
-    return [rate_condition(round(first + n * step, 6)) for n in range(count)]
-  pairs = [part.split("-") for part in text.split(",") if part]
-  return [rate_condition(*(float(rate) for rate in pair)) for pair in pairs]
+def _condition(kind, name, mask, rates) -> Condition:
+  if not masking.takes_rate(mask):
+    raise types.UsageError(f"conditions of rates need a mask with a rate, but {mask} has none.")
+  return Condition(kind, name, mask, {"rate": rates})
+
+
+def parse_rates(text: str, *, mask: Callable[..., types.MaskFn] = masking.span) -> list[Condition]:
+  """Rate conditions of "first:last:step" (both ends included), "0,0.3" or "0.4-0.6".
+
+  Args:
+    text: any number of these with commas between them, or nothing.
+    mask: as in `rate_condition`.
+
+  Returns:
+    The conditions.
+
+  Raises:
+    UsageError: on anything else, rates beyond [0, 1], or the same rates twice.
+  """
+  found = []
+  for part in text.split(",") if text.strip() else ():
+    if match := re.fullmatch(f"{_NUMBER}(?:-{_NUMBER})?", part):
+      found.append(tuple(float(rate) for rate in match.groups() if rate))
+    elif match := re.fullmatch(":".join([_NUMBER] * 3), part):
+      first, last, step = (float(number) for number in match.groups())
+      if step <= 0 or first > last:
+        raise types.UsageError(f"rates {part!r}: the step must lead from the first to the last.")
+      count = int((last - first) / step + 1 + 1e-6)
+      found += [(round(first + n * step, 6),) for n in range(count)]
+    else:
+      raise types.UsageError(f"rates {text!r}: {part!r} is none; {RATES}.")
+  conditions = [rate_condition(*rates, mask=mask) for rates in found]
+  names = [condition.name for condition in conditions]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise types.UsageError(f"rates {text!r}: {', '.join(twice)} is there more than once.")
+  return conditions
 
 
 def make_grid(
   system: types.System,
   split: types.Batch,
-  mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
+  conditions: Sequence[Condition],
+  seeds: Iterable[int],
+  *,
   batch_size: int = 128,
   output: str = "prediction",
-) -> Callable[..., types.Array]:
+) -> Grid:
   """Compiles the predictions of one split under any number of conditions and mask seeds.
 
-  The cells of the grid are shared out over this process's devices.
+  One compiled program for all conditions of a family (`Condition.mask`) and all seeds. Its
+  cells are shared out over this process's devices.
 
   Args:
     system: the model.
     split: the split, N rows.
-    mask_of: makes the mask of rates [3, 2], such as `masking.span` or `masking.bernoulli`.
+    conditions: C missing-data conditions.
+    seeds: S mask seeds.
     batch_size: most rows predicted at once; it does not change the result.
     output: which entry of the system's predictions, "feature" for representations.
 
   Returns:
-    `(params, extra, rates [C, 3, 2], seeds [S]) -> predictions [C, S, N, ...]`, one
-    compiled program for all conditions and seeds.
+    `(params, extra) -> predictions [C, S, N, ...]`, on the host.
+
+  Raises:
+    UsageError: on no condition or no seed.
   """
+  seeds = np.asarray(list(seeds), np.uint32)
+  if not len(conditions) or not len(seeds):
+    raise types.UsageError("an evaluation needs at least one condition and one mask seed.")
   rows = split.index.shape[0]
   batch_size = -(-rows // -(-rows // batch_size))  # as many batches, and little to fill up
   # rows of like lengths together: a recurrence stops at a batch's longest sequence
@@ -94,21 +170,21 @@ def make_grid(
   padded = data.pad_rows(data.take(split, order), batch_size)
   batches = jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), padded)
   held = functools.cache(lambda mesh: jax.device_put(batches, parallel.replicated(mesh)))
+  families = _families(conditions)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def predict(mesh, params, extra, batches, rates, seeds):
-    count = rates.shape[0] * seeds.shape[0]
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def predict(mesh, family, params, extra, batches, settings, seeds):
+    places = families[family].places
+    count = len(places) * seeds.shape[0]
     cell = jnp.arange(count + -count % mesh.size) % count  # as many for each device
-    cells = (rates[cell // seeds.shape[0]], seeds[cell % seeds.shape[0]])
+    condition, seed = cell // seeds.shape[0], cell % seeds.shape[0]
+    cells = (jax.tree.map(lambda a: a[condition], settings), seeds[seed])
 
     def some(cells, params, extra, batches):
       def one(cell):
-        rate, seed = cell
-        key = jax.random.key(seed)
-        # the condition's content, not its place in the grid, picks the masks
-        for milli in jnp.round(rate.ravel() * 1000).astype(jnp.uint32):
-          key = jax.random.fold_in(key, milli)
-        mask = mask_of(rate)
+        settings, seed = cell
+        key = _key(settings, seed)
+        mask = families[family].mask(**settings)
 
         def predict_batch(batch):
           return system.predict(params, masking.erase(mask(key, batch)), extra)[output]
@@ -121,16 +197,61 @@ def make_grid(
     found = jax.shard_map(
       some, mesh=mesh, in_specs=(own, all_, all_, all_), out_specs=own, check_vma=False
     )(cells, params, extra, batches)
-    found = found[:count].reshape(rates.shape[0], seeds.shape[0], -1, *found.shape[3:])
+    found = found[:count].reshape(len(places), seeds.shape[0], -1, *found.shape[3:])
     return found[:, :, np.argsort(order)]
 
-  def grid(params, extra, rates, seeds):
-    rates, seeds = np.asarray(rates, np.float32), np.asarray(seeds, np.uint32)
-    mesh = parallel.local_mesh(rates.shape[0] * seeds.shape[0])
-    given = jax.device_put((params, extra), parallel.replicated(mesh))
-    return predict(mesh, *given, held(mesh), rates, seeds)
+  def grid(params, extra):
+    parts = []
+    for number, family in enumerate(families):
+      mesh = parallel.local_mesh(len(family.places) * len(seeds))
+      given = jax.device_put((params, extra), parallel.replicated(mesh))
+      parts.append(predict(mesh, number, *given, held(mesh), family.settings, seeds))
+    places = np.concatenate([family.places for family in families])
+    return np.concatenate([np.asarray(part) for part in parts])[np.argsort(places)]
 
   return grid
+
+
+class _Family(NamedTuple):
+  """Conditions that one program serves: their places in the grid, their settings stacked."""
+
+  mask: Callable[..., types.MaskFn]
+  places: list[int]
+  settings: dict[str, Any]
+
+
+def _families(conditions: Sequence[Condition]) -> list[_Family]:
+  """The conditions by mask factory, and structure and shapes of settings."""
+  found: dict[Any, list[tuple[int, Any]]] = {}
+  for place, condition in enumerate(conditions):
+    settings = jax.tree.map(_array, condition.settings)
+    leaves, structure = jax.tree.flatten(settings)
+    kind = (id(condition.mask), structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    found.setdefault(kind, []).append((place, settings))
+  families = []
+  for members in found.values():
+    places, settings = zip(*members, strict=True)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *settings)
+    families.append(_Family(conditions[places[0]].mask, list(places), stacked))
+  return families
+
+
+def _array(leaf: Any) -> np.ndarray:
+  """A setting as an array, in the precision of the programs."""
+  leaf = np.asarray(leaf)
+  return leaf.astype(np.float32 if leaf.dtype.kind == "f" else np.int32)
+
+
+def _key(settings: dict[str, Any], seed: types.Array) -> types.PRNGKey:
+  """The key of a cell: the condition's content, not its place in the grid, picks the masks.
+
+  Of one kind whatever `jax_default_prng_impl` is, so that machines agree.
+  """
+  key = jax.random.key(seed, impl="threefry2x32")
+  for leaf in jax.tree.leaves(settings):
+    for milli in jnp.round(leaf.ravel() * 1000).astype(jnp.uint32):
+      key = jax.random.fold_in(key, milli)
+  return key
 
 
 def make_validator(
@@ -139,16 +260,14 @@ def make_validator(
   spec: types.Spec,
   condition: Condition,
   *,
-  mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
   seed: int = 0,
   batch_size: int = 128,
-) -> Callable[[types.Params, types.Extra], dict[str, float]]:
+) -> Callable[[types.Params, types.Extra], metrics.Metrics]:
   """`(params, extra) -> metrics` of one split under one fixed set of masks."""
-  grid = make_grid(system, split, mask_of, batch_size)
+  grid = make_grid(system, split, [condition], [seed], batch_size=batch_size)
 
   def validate(params, extra):
-    prediction = np.asarray(grid(params, extra, condition.rates[None], [seed]))[0, 0]
-    return metrics.compute(spec, prediction, split.label)
+    return metrics.compute(spec, grid(params, extra)[0, 0], split.label)
 
   return validate
 
@@ -160,7 +279,6 @@ def make_robustness(
   conditions: Sequence[Condition],
   seeds: Iterable[int],
   *,
-  mask_of: Callable[[types.Array], types.MaskFn] = masking.span,
   batch_size: int = 128,
 ) -> Callable[[types.Params, types.Extra], list[dict[str, Any]]]:
   """Compiles the metrics under every condition and mask seed, for any parameters of a system.
@@ -171,7 +289,6 @@ def make_robustness(
     spec: of the dataset; decides the metrics, see `metrics.for_task`.
     conditions: the missing-data conditions.
     seeds: the mask seeds.
-    mask_of: makes the mask of rates [3, 2].
     batch_size: rows predicted at once.
 
   Returns:
@@ -179,11 +296,10 @@ def make_robustness(
     "mask_seed", metric: value, …}.
   """
   seeds = list(seeds)
-  grid = make_grid(system, split, mask_of, batch_size)
-  rates = np.stack([condition.rates for condition in conditions])
+  grid = make_grid(system, split, conditions, seeds, batch_size=batch_size)
 
   def robustness(params, extra):
-    predictions = np.asarray(grid(params, extra, rates, seeds))
+    predictions = grid(params, extra)
     return [
       {
         "kind": condition.kind,

@@ -1,102 +1,156 @@
 """The field's metrics, on the host: numpy and scikit-learn, unrounded.
 
-Regression metrics follow MMSA and LNLN, which agree but for rounding:
+The task and the scale of the labels decide which there are (`scale_of`):
 
-  sentiment (MOSI, MOSEI; labels -3 … 3):
-    mae, corr
+  regression (any scale): mae, corr; nothing else where no binning is defined, such as 1 … 7,
+    0 … 1 or beyond ±3: there "negative" or "seven classes" would mean nothing
+  sentiment (MOSI, MOSEI; labels -3 … 3), beside these:
     acc2_has0, f1_has0   negative against non-negative
     acc2_non0, f1_non0   negative against positive, samples whose label is 0 left out
     acc3, acc5, acc7     clipped to ±1, ±2, ±3 and rounded half to even (acc3: computed, but
                          not reported, by LNLN)
-  sims (SIMS, SIMS v2; labels -1 … 1, all clipped to ±1):
-    mae, corr
+  sims (SIMS, SIMS v2; labels -1 … 1, all clipped to ±1), beside these:
     acc2, f1             up to 0 against above
     acc3, acc5           bins that end, inclusively, at ±0.1, and at ±0.1, ±0.7
+  classification: acc, uar, f1, and f1_0, f1_1 … of the classes
 
-F1 is weighted by the classes' support, with the truth as the first argument. All binning is
-in float32, as in the references: a prediction of float32(0.1) stays in the middle bin.
+They follow MMSA and LNLN, which agree but for rounding. F1 is weighted by the classes'
+support, with the truth as the first argument. All binning is in float32, as in the
+references: a prediction of float32(0.1) stays in the middle bin. One prediction that is NaN
+makes every metric NaN: a model that diverged has no accuracy.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import confusion_matrix, f1_score
 
-from mmjax import types
+from mmjax import registry, types
 
 Metrics = dict[str, float]
-MetricFn = Callable[[ArrayLike, ArrayLike], Metrics]
+MetricFn = Callable[..., Metrics]
 
-# What every metric is, and in which direction it gets better.
-METRICS: Mapping[str, str] = {
-  "loss": "min",
-  "mae": "min",
-  "corr": "max",
-  "acc2_has0": "max",
-  "acc2_non0": "max",
-  "f1_has0": "max",
-  "f1_non0": "max",
-  "acc2": "max",
-  "acc3": "max",
-  "acc5": "max",
-  "acc7": "max",
-  "acc": "max",
-  "uar": "max",
-  "f1": "max",
-}
-LOWER_IS_BETTER = frozenset(name for name, better in METRICS.items() if better == "min")
+SLACK = 1e-3  # by which labels may lie beyond the ends of a scale
+
+
+class Metric(NamedTuple):
+  """What is known of a metric.
+
+  Attributes:
+    better: "min" or "max".
+    title: how figures write it.
+    headline: whether it is one of those that figures and the terminal show.
+    needs: the scales of `scale_of` on which it is defined.
+  """
+
+  better: str
+  title: str
+  headline: bool
+  needs: tuple[str, ...]
 
 
 def compute(
-  task: str | types.Spec, prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False
+  spec: types.Spec, prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False
 ) -> Metrics:
   """All metrics of a task.
 
   Args:
-    task: dataset name or spec, see `for_task`.
+    spec: of the dataset, see `for_task`.
     prediction: [N] or [N, 1] sentiment, or [N, C] logits.
     label: [N] or [N, 1] sentiment, or [N] classes.
-    swapped: also the F1 with swapped arguments, see `sentiment`; regression only.
+    swapped: also the F1 with swapped arguments, see `sentiment`; where there is a binary one.
 
   Returns:
-    Each metric's value by its name.
+    Each metric's value by its name, in the order of `METRICS`; NaN if any prediction is.
   """
-  function = for_task(task)
-  if swapped and function is not classification:
-    return function(prediction, label, swapped=True)
-  return function(prediction, label)
+  function = for_task(spec)
+  also = {"swapped": True} if swapped and function in (sentiment, sims) else {}
+  found = function(prediction, label, **also)
+  return {name: found[name] for name in ordered(found)}
 
 
 def names(spec: types.Spec) -> tuple[str, ...]:
   """The metrics of a dataset, as `compute` names them."""
-  classes = max(spec.num_classes, 1)
-  return tuple(compute(spec, np.eye(classes), np.arange(classes)))
+  scale = scale_of(spec)
+  own = tuple(name for name, metric in METRICS.items() if scale in metric.needs)
+  return own + tuple(f"f1_{c}" for c in range(spec.num_classes))
 
 
-def for_task(task: str | types.Spec) -> MetricFn:
-  """The metric function of a task.
+def scale_of(spec: types.Spec) -> str:
+  """What the labels of a dataset are: the one rule that decides its metrics.
 
   Args:
-    task: a `Spec`, whose `num_classes` and `label_range` decide; or a dataset's name: "sims…"
-      has `sims`, "iemocap…" `classification`, "mosi…" and "mosei…" `sentiment`. Under any
-      other name, logits [N, C > 1] get `classification` and the rest `sentiment`.
+    spec: whose `num_classes` and `label_range` decide. The latter may be that of the labels
+      which occur, and need not reach the ends of the scale.
 
   Returns:
-    `(prediction, label) -> {name: value}`.
+    "classification"; "sims" for labels of both signs within ±1; "sentiment" for labels of
+    both signs within ±3; "regression" for all others.
   """
-  if isinstance(task, types.Spec):
-    if task.num_classes:
-      return classification
-    return sims if max(map(abs, task.label_range)) <= 1 else sentiment
-  name = task.lower()
-  if name.startswith("sims"):
-    return sims
-  if name.startswith("iemocap"):
-    return classification
-  if name.startswith(("mosi", "mosei")):
-    return sentiment
-  return lambda p, y: (classification if np.size(p) > np.size(y) else sentiment)(p, y)
+  if spec.num_classes:
+    return "classification"
+  low, high = spec.label_range
+  if not low < 0 < high:
+    return "regression"
+  largest = max(-low, high) - SLACK
+  return "sims" if largest <= 1 else "sentiment" if largest <= 3 else "regression"
+
+
+def for_task(spec: types.Spec) -> MetricFn:
+  """The metric function `(prediction, label) -> {name: value}` of a dataset, by `scale_of`."""
+  functions = (classification, sims, sentiment, regression)
+  return {function.__name__: function for function in functions}[scale_of(spec)]
+
+
+def info(name: str) -> Metric:
+  """What is known of a metric.
+
+  Args:
+    name: a key of `METRICS`, the F1 of a class ("f1_3"), or one with "_swapped" behind it.
+
+  Returns:
+    Its row.
+
+  Raises:
+    UsageError: on any other name.
+  """
+  if name in METRICS:
+    return METRICS[name]
+  if match := re.fullmatch(r"f1_(\d+)", name):
+    return Metric("max", f"F1 of class {match[1]}", False, ("classification",))
+  if name.startswith("f1") and (of := METRICS.get(name.removesuffix("_swapped"))):
+    return of._replace(title=f"{of.title}, swapped", headline=False)
+  raise types.UsageError(
+    f"unknown metric {name!r}{registry.nearest(name, METRICS)}; there are {', '.join(METRICS)}."
+  )
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+  """The names in the order of tables: that of `METRICS`, then all others as they come."""
+  names = list(names)
+  known = [name for name in METRICS if name in names]
+  return known + [name for name in names if name not in METRICS]
+
+
+def headline(names: Iterable[str], most: int = 4) -> list[str]:
+  """The first headline metrics among the names, for figures and the terminal."""
+  return [name for name in ordered(names) if name in METRICS and METRICS[name].headline][:most]
+
+
+def regression(prediction: ArrayLike, label: ArrayLike) -> Metrics:
+  """MAE and Pearson's correlation, which mean something on every scale.
+
+  Args:
+    prediction, label: [N] or [N, 1].
+
+  Returns:
+    "mae" and "corr".
+  """
+  p, y = _flat(prediction, label)
+  return _or_nan(p, _errors(p, y))
 
 
 def sentiment(prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False) -> Metrics:
@@ -126,7 +180,7 @@ def sentiment(prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False)
   if swapped:
     found["f1_has0_swapped"] = _weighted_f1(*has0[::-1])
     found["f1_non0_swapped"] = _weighted_f1(*non0[::-1])
-  return found
+  return _or_nan(p, found)
 
 
 def sims(prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False) -> Metrics:
@@ -148,7 +202,7 @@ def sims(prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False) -> M
       found["f1"] = _weighted_f1(*binned)
       if swapped:
         found["f1_swapped"] = _weighted_f1(*binned[::-1])
-  return found
+  return _or_nan(p, found)
 
 
 def classification(prediction: ArrayLike, label: ArrayLike) -> Metrics:
@@ -168,12 +222,13 @@ def classification(prediction: ArrayLike, label: ArrayLike) -> Metrics:
   counts = confusion(prediction, label)
   hits, support, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
   f1 = 2 * hits / np.maximum(support + predicted, 1)
-  return {
+  found = {
     "acc": float(hits.sum() / support.sum()),
     "uar": float(np.mean(hits[support > 0] / support[support > 0])),
     "f1": float(f1 @ support / support.sum()),
     **{f"f1_{c}": float(value) for c, value in enumerate(f1)},
   }
+  return _or_nan(prediction, found)
 
 
 def confusion(prediction: ArrayLike, label: ArrayLike) -> np.ndarray:
@@ -212,10 +267,18 @@ def _flat(prediction: ArrayLike, label: ArrayLike) -> tuple[np.ndarray, np.ndarr
   return p.ravel(), y.ravel()
 
 
+def _or_nan(prediction: ArrayLike, found: Metrics) -> Metrics:
+  """The metrics, all of them NaN if any prediction is."""
+  return dict.fromkeys(found, float("nan")) if np.isnan(prediction).any() else found
+
+
 def _errors(p: np.ndarray, y: np.ndarray) -> Metrics:
   """MAE and Pearson's correlation; of a constant, the latter is undefined and given as 0."""
-  constant = np.ptp(p) == 0 or np.ptp(y) == 0
-  corr = 0.0 if constant else float(np.corrcoef(p, y)[0, 1])
+  if not np.isfinite(p).all():
+    corr = float("nan")
+  else:
+    constant = np.ptp(p) == 0 or np.ptp(y) == 0
+    corr = 0.0 if constant else float(np.corrcoef(p, y)[0, 1])
   return {"mae": float(np.mean(np.abs(p - y))), "corr": corr}
 
 
@@ -227,3 +290,24 @@ def _weighted_f1(p: np.ndarray, y: np.ndarray) -> float:
   if not len(y):
     return float("nan")
   return float(f1_score(y, p, average="weighted", zero_division=0))
+
+
+_BINNED = ("sentiment", "sims")
+_REAL = ("regression", *_BINNED)
+
+# In the order of the tables' columns.
+METRICS: dict[str, Metric] = {
+  "mae": Metric("min", "MAE", True, _REAL),
+  "corr": Metric("max", "Corr", True, _REAL),
+  "acc2_non0": Metric("max", "Acc-2 (negative/positive)", True, ("sentiment",)),
+  "acc2_has0": Metric("max", "Acc-2 (negative/non-negative)", False, ("sentiment",)),
+  "acc7": Metric("max", "Acc-7", True, ("sentiment",)),
+  "acc5": Metric("max", "Acc-5", False, _BINNED),
+  "acc3": Metric("max", "Acc-3", False, _BINNED),
+  "acc2": Metric("max", "Acc-2", True, ("sims",)),
+  "acc": Metric("max", "Accuracy", True, ("classification",)),
+  "uar": Metric("max", "UAR", True, ("classification",)),
+  "f1_non0": Metric("max", "F1 (negative/positive)", False, ("sentiment",)),
+  "f1_has0": Metric("max", "F1 (negative/non-negative)", False, ("sentiment",)),
+  "f1": Metric("max", "F1", True, ("sims", "classification")),
+}

@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from mmjax import metrics, types
+
 # Reads well in print and for colour-blind readers (Okabe-Ito).
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 
-TITLES = {
-  "mae": "MAE (lower is better)",
-  "corr": "Corr",
-  "acc2_non0": "Acc-2 (negative/positive)",
-  "acc2_has0": "Acc-2 (negative/non-negative)",
-  "acc7": "Acc-7",
-  "acc": "Accuracy",
-  "uar": "UAR",
-  "f1": "F1",
-}
+
+def title(metric: str) -> str:
+  """How a figure writes a metric; what is none, such as a loss, by its own name."""
+  try:
+    found = metrics.info(metric)
+  except types.UsageError:
+    return metric
+  return f"{found.title} (lower is better)" if found.better == "min" else found.title
 
 
 def _figure(count: int, *, columns: int | None = None, size: tuple[float, float] = (4.6, 3.6)):
@@ -72,7 +72,7 @@ def curves(
       panel.plot(at, mean, marker="o", markersize=3.5, color=color, label=label)
       panel.fill_between(at, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     panel.set_xlabel(x_label)
-    panel.set_ylabel(TITLES.get(metric, metric))
+    panel.set_ylabel(title(metric))
     panel.grid(alpha=0.25)
   if lines is not None:
     panels[0].legend(frameon=False)

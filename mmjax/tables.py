@@ -87,6 +87,34 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
   return text
 
 
+def pivot(
+  table: pd.DataFrame, *, rows: str | Sequence[str], columns: str, metric: str, digits: int = 3
+) -> pd.DataFrame:
+  """One metric of a summary as a matrix, for the terminal: missing rate x method.
+
+  Args:
+    table: a summary (`summarize`), which has at most one row for each pair.
+    rows: the column, or columns, whose values are the matrix's rows.
+    columns: the column whose values are its columns.
+    metric: the metric in the cells, as "mean ± std".
+    digits: behind the point.
+
+  Returns:
+    The columns `rows`, then one of text for each value of `columns`, all in order of
+    appearance; "" where the summary has no such pair.
+
+  Raises:
+    ValueError: if it has a pair twice.
+  """
+  rows = [rows] if isinstance(rows, str) else list(rows)
+  found = table[[*rows, columns]].assign(cell=readable(table, digits)[metric])
+  matrix = found.set_index([*rows, columns])["cell"].unstack()
+  order = found[rows].drop_duplicates()
+  matrix = matrix.reindex(pd.MultiIndex.from_frame(order) if len(rows) > 1 else order[rows[0]])
+  matrix = matrix[list(found[columns].drop_duplicates())].fillna("")
+  return matrix.rename_axis(columns=None).reset_index()
+
+
 def to_text(table: pd.DataFrame) -> str:
   """A summary for the terminal."""
   return readable(table).to_markdown(index=False, tablefmt="simple", disable_numparse=True)

@@ -18,9 +18,9 @@ FEATURES = {"audio": 3, "vision": 4}
 MASKS = {
   "span": masking.span((0.2, 0.8)),
   "bernoulli": masking.bernoulli((0.0, 1.0), complete_share=0.5),
-  "drop": masking.drop("text", "vision"),
+  "drop": masking.drop(("text", "vision")),
   "random_drop": masking.random_drop(),
-  "compose": masking.compose(masking.span(0.3), masking.bernoulli(0.2)),
+  "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
 }
 
 
@@ -219,7 +219,7 @@ def test_feature_axis_hides_the_same_channels_at_every_step():
 # --- tokens, drops, composition
 
 
-@pytest.mark.parametrize("mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop("text")])
+@pytest.mark.parametrize("mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop(("text",))])
 def test_tokens_become_unk_but_for_both_ends_and_padding(mask):
   batch = make_batch()
   masked = draw(mask, batch)
@@ -233,7 +233,7 @@ def test_tokens_become_unk_but_for_both_ends_and_padding(mask):
 
 def test_drop_takes_the_named_modalities_only():
   batch = make_batch(tokens=False)
-  masked = masking.erase(draw(masking.drop("text", "vision"), batch))
+  masked = masking.erase(draw(masking.drop(("text", "vision")), batch))
   assert not masked.text.x.any() and not masked.vision.x.any()
   np.testing.assert_array_equal(masked.audio.x, batch.audio.x)
 
@@ -249,20 +249,20 @@ def test_random_drop_draws_its_subsets_equally_or_by_rate():
   p = 0.3
   chance = np.array([p ** bin(s).count("1") * (1 - p) ** (3 - bin(s).count("1")) for s in range(8)])
   np.testing.assert_allclose(
-    drawn_subsets(masking.random_drop(masking.SUBSETS, rate=p)), chance, atol=0.02
+    drawn_subsets(masking.random_drop(p, subsets=masking.SUBSETS)), chance, atol=0.02
   )
   chance[7] = 0  # never all three
   np.testing.assert_allclose(
-    drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=p)),
+    drawn_subsets(masking.random_drop(p, subsets=masking.SUBSETS[:7])),
     chance / chance.sum(),
     atol=0.02,
   )
 
 
 def test_random_drop_at_the_ends_of_the_rate():
-  none = drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=0.0))
+  none = drawn_subsets(masking.random_drop(0.0, subsets=masking.SUBSETS[:7]))
   np.testing.assert_array_equal(none, [1, 0, 0, 0, 0, 0, 0, 0])
-  most = drawn_subsets(masking.random_drop(masking.SUBSETS[:7], rate=1.0))
+  most = drawn_subsets(masking.random_drop(1.0, subsets=masking.SUBSETS[:7]))
   assert most[[3, 5, 6]].sum() == 1 and (most[[3, 5, 6]] > 0).all()
 
 
@@ -270,7 +270,7 @@ def test_compose_takes_the_union_of_what_its_masks_take():
   batch = make_batch(tokens=False)
   key = jax.random.key(0)
   one, other = masking.span(0.3), masking.span(0.4, axis="feature")
-  both = masking.compose(one, other)(key, batch)
+  both = masking.compose([one, other])(key, batch)
   for name in types.MODALITIES:
     expected = (
       getattr(one(jax.random.fold_in(key, 0), batch), name).seen
@@ -414,9 +414,9 @@ def test_other_wrong_arguments_are_refused():
   with pytest.raises(ValueError, match="video"):
     masking.drop("video")
   with pytest.raises(ValueError, match="text"):
-    masking.random_drop(("text", "audio"))  # names where sets of names are expected
+    masking.random_drop(subsets=("text", "audio"))  # names where sets of names are expected
   with pytest.raises(ValueError, match="subset"):
-    masking.random_drop(())
+    masking.random_drop(subsets=())
 
 
 # --- no leakage
@@ -425,7 +425,7 @@ def test_other_wrong_arguments_are_refused():
 @pytest.mark.parametrize("poison", [np.nan, 1e9])
 def test_erase_leaves_nothing_of_the_unseen(poison):
   batch = make_batch()
-  mask = masking.compose(masking.span(0.4), masking.bernoulli((0.0, 0.5)))
+  mask = masking.compose([masking.span(0.4), masking.bernoulli((0.0, 0.5))])
   masked = draw(mask, batch)
 
   def poisoned(m):

@@ -139,28 +139,112 @@ def test_wrong_arguments_are_refused(call, message):
     call()
 
 
-def test_task_picks_its_metrics():
-  shape = types.ModalitySpec(1, 1)
-  spec = types.Spec(shape, shape, shape, 10)
-  assert metrics.for_task(spec) is metrics.sentiment
-  assert metrics.for_task(spec._replace(label_range=(-1.0, 1.0))) is metrics.sims
-  assert metrics.for_task(spec._replace(num_classes=4)) is metrics.classification
-  for name, expected in {
-    "mosi": metrics.sentiment,
-    "MOSEI": metrics.sentiment,
-    "SIMSv2": metrics.sims,
-    "iemocap": metrics.classification,
-  }.items():
-    assert metrics.for_task(name) is expected
-  assert "acc7" in metrics.compute("my_data", [[0.5], [0.1]], [[1.0], [0.0]])
-  assert "uar" in metrics.compute("my_data", [[0.5, 0.1], [0.1, 0.5]], [1, 0])
+SHAPE = types.ModalitySpec(1, 1)
+SPEC = types.Spec(SHAPE, SHAPE, SHAPE, 10)
+SPECS = {
+  "sentiment": SPEC,
+  "sims": SPEC._replace(label_range=(-1.0, 1.0)),
+  "regression": SPEC._replace(label_range=(1.0, 7.0)),
+  "classification": SPEC._replace(num_classes=3),
+}
 
 
-def test_every_metric_has_a_direction():
-  found = {
-    *metrics.sentiment([0.0], [0.0]),
-    *metrics.sims([0.0], [0.0]),
-    *metrics.classification([[1.0, 0.0]], [0]),
+@pytest.mark.parametrize(
+  ("label_range", "scale"),
+  [
+    ((-3.0, 3.0), "sentiment"),
+    ((-2.8, 3.0), "sentiment"),  # what occurs of MOSI's scale under a name of one's own
+    ((-0.4, 3.00001), "sentiment"),
+    ((-1.0, 1.0), "sims"),
+    ((-1.0000001, 0.8), "sims"),
+    ((-1.0, 1.2), "sentiment"),
+    ((-3.0, 1.0), "sentiment"),
+    ((1.0, 7.0), "regression"),
+    ((0.0, 1.0), "regression"),
+    ((0.0, 3.0), "regression"),
+    ((-3.0, 0.0), "regression"),
+    ((-5.0, 5.0), "regression"),
+    ((-1.0, 7.0), "regression"),
+    ((-7.0, 1.0), "regression"),
+  ],
+)
+def test_scale_of_labels(label_range, scale):
+  assert metrics.scale_of(SPEC._replace(label_range=label_range)) == scale
+
+
+@pytest.mark.parametrize("scale", SPECS)
+def test_a_scale_has_its_metrics_in_the_order_of_the_tables(scale):
+  spec = SPECS[scale]
+  assert metrics.scale_of(spec) == scale
+  prediction = np.eye(3)[[0, 1, 1, 2]] if spec.num_classes else [0.5, -0.5, 0.1, 0.9]
+  label = [0, 1, 2, 2] if spec.num_classes else [0.6, -0.6, 0.0, 1.0]
+  found = metrics.compute(spec, prediction, label, swapped=True)
+  plain = {name: value for name, value in found.items() if not name.endswith("_swapped")}
+  assert tuple(plain) == metrics.names(spec)
+  assert len(found) - len(plain) == {"sentiment": 2, "sims": 1}.get(scale, 0)
+  assert plain == getattr(metrics, scale)(prediction, label)
+  assert all(scale in metrics.info(name).needs for name in found)
+
+
+def test_scales_of_no_binning_have_errors_only():
+  found = metrics.compute(SPECS["regression"], [5.0, 5.0, 5.0, 6.0], [3.0, 4.0, 6.0, 7.0])
+  corr = np.corrcoef([5, 5, 5, 6], [3, 4, 6, 7])[0, 1]
+  assert found == {"mae": pytest.approx(5 / 4), "corr": pytest.approx(corr)}
+
+
+@pytest.mark.parametrize("scale", SPECS)
+def test_one_nan_prediction_makes_every_metric_nan(scale):
+  """A model that diverged has no accuracy: neither 0.25 by arg-max nor an error."""
+  spec = SPECS[scale]
+  prediction = np.eye(3)[[0, 1, 1, 2]] if spec.num_classes else np.float32([0.5, -0.5, 0.1, 0.9])
+  label = [0, 1, 2, 2] if spec.num_classes else [0.6, -0.6, 0.0, 1.0]
+  for spoilt in ((2,), (0, 1, 2, 3)):
+    p = prediction.copy()
+    p[list(spoilt)] = np.nan
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      found = metrics.compute(spec, p, label, swapped=True)
+    assert set(found) >= set(metrics.names(spec)) and np.isnan(list(found.values())).all()
+
+
+def test_an_infinite_prediction_has_no_correlation():
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    found = metrics.compute(SPEC, [np.inf, 1.0], [1.0, -1.0])
+  assert found["mae"] == np.inf and np.isnan(found["corr"]) and found["acc2_non0"] == 0.5
+
+
+def test_what_is_known_of_a_metric():
+  assert metrics.info("mae").better == "min"
+  assert all(m.better == "max" for name, m in metrics.METRICS.items() if name != "mae")
+  assert metrics.info("f1_12") == ("max", "F1 of class 12", False, ("classification",))
+  swapped = metrics.info("f1_non0_swapped")
+  assert swapped.title.endswith("swapped") and not swapped.headline and swapped.better == "max"
+  for wrong in ("f1_x", "acc_swapped", "loss", "f1_3_swapped"):
+    with pytest.raises(types.UsageError, match=wrong):
+      metrics.info(wrong)
+  with pytest.raises(types.UsageError, match="'acc7'"):
+    metrics.info("acc_7")
+
+
+def test_headline_metrics_are_the_first_four_that_a_task_has():
+  expected = {
+    "sentiment": ["mae", "corr", "acc2_non0", "acc7"],
+    "sims": ["mae", "corr", "acc2", "f1"],
+    "regression": ["mae", "corr"],
+    "classification": ["acc", "uar", "f1"],
   }
-  assert {name for name in found if not name.startswith("f1_")} <= set(metrics.METRICS)
-  assert frozenset({"mae", "loss"}) == metrics.LOWER_IS_BETTER
+  for scale, spec in SPECS.items():
+    assert metrics.headline(metrics.names(spec)[::-1]) == expected[scale]
+  assert metrics.headline(["f1_0", "train_loss", "corr"]) == ["corr"]
+  assert metrics.headline(metrics.METRICS, most=2) == ["mae", "corr"]
+
+
+def test_names_are_ordered_as_the_tables_are_and_strangers_follow():
+  assert metrics.ordered(["mine", "f1_1", "acc7", "f1_0", "mae"]) == [
+    "mae",
+    "acc7",
+    "mine",
+    "f1_1",
+    "f1_0",
+  ]

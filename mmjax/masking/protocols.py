@@ -1,0 +1,340 @@
+"""Protocols of missing data: the factories of masks, and `MASKS` of all that have a name.
+
+A factory takes keyword settings that JSON can hold and returns a `MaskFn`. One that is swept
+over takes `rate`, which a grid traces. The first sentence of its docstring is what reports say.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import registry, types
+from mmjax.masking import transforms
+from mmjax.masking.transforms import Rate, see, steps
+
+# All sets of missing modalities, from none to all: SUBSETS[1:7] are the six in which some
+# but not all modalities are missing, SUBSETS[:7] those that leave at least one.
+SUBSETS = (
+  (),
+  ("text",),
+  ("audio",),
+  ("vision",),
+  ("text", "audio"),
+  ("text", "vision"),
+  ("audio", "vision"),
+  ("text", "audio", "vision"),
+)
+
+AXES = ("time", "feature")
+
+# A mask, or the settings of one as `make` takes them: {"name": "span", "rate": 0.3}.
+Member = types.MaskFn | Mapping[str, Any]
+
+
+def span(rate: Rate, *, axis: str = "time") -> types.MaskFn:
+  """One contiguous span of each sample and modality goes missing (M³S §3.2).
+
+  Args:
+    rate: the missing rate r, see the package.
+    axis: "time", k of the sample's own valid steps; or "feature", k of the channels at all
+      steps (not for token ids). The paper's T_m can be read either way.
+
+  Returns:
+    The mask. On token ids the span is drawn over all valid tokens, the protected ones
+    included, so that r is the rate of the sentence as the model counts its length.
+
+  Raises:
+    UsageError: on an unknown axis, a rate that is not within [0, 1] or misshapen; when the
+      mask is applied, on token ids with axis="feature".
+  """
+  if axis not in AXES:
+    raise types.UsageError(f"axis is {axis!r}, expected one of {AXES}.")
+
+  def mask(m: types.Modality, u, rates):
+    if axis == "time":
+      bounds = transforms.span_bounds(u[:, 0], rates, m.valid.sum(-1))
+      return steps(m, transforms.span_mask(*bounds, m.valid.shape[-1]) | ~m.valid)
+    if m.x.ndim == 2:
+      raise types.UsageError("token ids have no feature axis: use span(axis='time') for them.")
+    dim = m.x.shape[-1]
+    return transforms.span_mask(*transforms.span_bounds(u[:, 0], rates, dim), dim)[:, None, :]
+
+  return transforms.with_rates(rate, lambda m: 1, mask)
+
+
+def bernoulli(rate: Rate, *, complete_share: types.Array | float = 0.0) -> types.MaskFn:
+  """Every step goes missing on its own with probability r (LNLN, and TFR-Net in MMSA).
+
+  LNLN trains with `bernoulli((0.0, 1.0), complete_share=0.5)`. (Its code draws exactly half of
+  the samples, and the same uniforms for all modalities; here samples and modalities are
+  independent of each other.)
+
+  Args:
+    rate: the missing rate r, see the package.
+    complete_share: probability with which a sample's modality stays complete; may be traced.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on a rate or share that is not within [0, 1], or a misshapen rate.
+  """
+  transforms.check_unit("complete_share", complete_share)
+
+  def mask(m: types.Modality, u, rates):
+    rates = jnp.where(u[:, 0] < complete_share, 0.0, rates)[:, None]
+    seen = transforms.step_mask(u[:, 1:], rates, m.valid) | (rates == 0)  # u may be exactly 0
+    return steps(m, seen)
+
+  return transforms.with_rates(rate, lambda m: 1 + m.valid.shape[-1], mask)
+
+
+def drop(missing: Collection[str]) -> types.MaskFn:
+  """Whole modalities go missing, the same of every sample.
+
+  Args:
+    missing: names of the missing modalities.
+
+  Returns:
+    The mask; it draws nothing.
+
+  Raises:
+    UsageError: on an unknown modality.
+  """
+  transforms.check_names("missing", missing)
+
+  def mask(key, batch):
+    del key
+    for name in missing:
+      m = getattr(batch, name)
+      batch = batch._replace(**{name: see(m, steps(m, ~m.valid))})
+    return batch
+
+  return mask
+
+
+def random_drop(
+  rate: Rate = 0.5, *, subsets: Sequence[Collection[str]] = SUBSETS[1:7]
+) -> types.MaskFn:
+  """Each sample loses whole modalities, each with probability r, as long as some are left.
+
+  Args:
+    rate: probability r with which each modality goes missing, independently of the others,
+      given that the outcome is one of `subsets`. By default all subsets are drawn equally
+      often (MMIN's training, Zhao et al. 2021 §3.1).
+    subsets: the sets of missing modalities that may be drawn. By default the six that leave
+      something and take something (MMIN's); with `SUBSETS[:7]` samples may also stay
+      complete, with `SUBSETS` all three may go.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on no subset at all, an unknown modality, a rate that is not within [0, 1] or
+      misshapen.
+  """
+  if not len(subsets):
+    raise types.UsageError("random_drop needs at least one subset to draw from.")
+  for subset in subsets:
+    transforms.check_names("subsets", subset)
+  table = np.array([[name in subset for name in types.MODALITIES] for subset in subsets])
+  bounds = transforms.intervals(rate)
+
+  def mask(key, batch):
+    keys = transforms.sample_keys(key, batch.index)
+    logits = 0.0
+    for i in range(len(types.MODALITIES)):
+      u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(keys[i])
+      p = transforms.within(bounds[i], u)[:, None]
+      # finite, so that p = 0 and p = 1 draw the smallest and the largest of the subsets
+      logit = jnp.clip(jax.scipy.special.logit(p), -99.0, 99.0)
+      logits += logit * table[None, :, i].astype(logit.dtype)
+    drawn = jax.vmap(jax.random.categorical)(keys[0], logits)  # one draw for all modalities
+    missing = jnp.asarray(table)[drawn]  # [B, 3]
+    for i, name in enumerate(types.MODALITIES):
+      m = getattr(batch, name)
+      batch = batch._replace(**{name: see(m, steps(m, ~(missing[:, i, None] & m.valid)))})
+    return batch
+
+  return mask
+
+
+def compose(masks: Sequence[Member], rate: Rate | None = None) -> types.MaskFn:
+  """Several masks at once: what any of them takes is missing.
+
+  Args:
+    masks: the masks, or their settings; they are applied one after the other, each with a key
+      of its own.
+    rate: of the masks that take a rate and whose settings have none.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on no mask at all, wrong settings of one, or a rate that none of them takes.
+  """
+  members = _members("compose", masks, rate)
+
+  def mask(key, batch):
+    key = transforms.threefry(key)
+    for i, one in enumerate(members):
+      batch = one(jax.random.fold_in(key, i), batch)
+    return batch
+
+  return mask
+
+
+def mixture(
+  masks: Sequence[Member],
+  shares: Sequence[float] | types.Array | None = None,
+  rate: Rate | None = None,
+) -> types.MaskFn:
+  """Each sample draws one of several masks, for all of its modalities.
+
+  Args:
+    masks: the masks, or their settings.
+    shares: how often each is drawn, up to their sum; equally often by default. May be traced.
+    rate: of the masks that take a rate and whose settings have none.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on no mask at all, wrong settings of one, a rate that none of them takes, or
+      shares that are not one number >= 0 for each with a positive sum.
+  """
+  members = _members("mixture", masks, rate)
+  given = [1.0] * len(members) if shares is None else shares
+  if not isinstance(given, jax.core.Tracer):
+    given = np.asarray(given, float)
+    if not (given.shape == (len(members),) and (given >= 0).all() and 0 < given.sum() < np.inf):
+      raise types.UsageError(
+        f"mixture: shares must be {len(members)} numbers >= 0, one for each mask and not all"
+        f" of them 0, got {shares!r}."
+      )
+
+  def mask(key, batch):
+    key = transforms.threefry(key)
+    logits = jnp.log(jnp.asarray(given, jnp.result_type(float)))
+    keys = transforms.sample_keys(jax.random.fold_in(key, len(members)), batch.index)[0]
+    drawn = jax.vmap(lambda k: jax.random.categorical(k, logits))(keys)  # [B]
+    masked = [one(jax.random.fold_in(key, i), batch) for i, one in enumerate(members)]
+    for name in types.MODALITIES:
+      m = getattr(batch, name)
+      seen = m.seen
+      for i, other in enumerate(masked):
+        own = (drawn == i).reshape(-1, *[1] * (m.x.ndim - 1))
+        seen = jnp.where(own, getattr(other, name).seen, seen)
+      batch = batch._replace(**{name: m._replace(seen=seen)})
+    return batch
+
+  return mask
+
+
+def _members(what: str, masks: Sequence[Member], rate: Rate | None) -> list[types.MaskFn]:
+  """Masks out of masks and settings; those that want a rate get `rate`."""
+  if isinstance(masks, Mapping | str) or not len(masks):
+    raise types.UsageError(f"{what}: masks must be a list of at least one mask, got {masks!r}.")
+  made, takers = [], 0
+  for one in masks:
+    if isinstance(one, Mapping):
+      if "name" not in one:
+        raise types.UsageError(f"{what}: the mask {one!r} has no 'name'.")
+      takes = "rate" not in one and takes_rate(family(**one))
+      takers += takes
+      one = make(**one, **({"rate": rate} if takes and rate is not None else {}))
+    made.append(one)
+  if rate is not None and not takers:
+    raise types.UsageError(f"{what}: rate is {rate!r}, but none of its masks takes it.")
+  return made
+
+
+def family(name: str, **settings) -> Callable[..., types.MaskFn]:
+  """The factory of a mask with settings, for `evaluate`'s conditions to call with a rate.
+
+  Args:
+    name: a key of `MASKS`, or `package.module:attribute`.
+    **settings: of the factory.
+
+  Returns:
+    The factory, which takes the other settings.
+
+  Raises:
+    UsageError: on an unknown name or setting.
+  """
+  factory = registry.lookup("mask", MASKS, name)
+  known = registry.settings_of(factory)
+  for setting in settings:
+    if known is not None and setting not in known:
+      raise types.UsageError(
+        f"mask {name!r} has no setting {setting!r}{registry.nearest(setting, known)}; it takes"
+        f" {', '.join(known)}."
+      )
+  return functools.partial(factory, **settings)
+
+
+def takes_rate(factory: Callable[..., types.MaskFn]) -> bool:
+  """Whether a factory has a setting `rate`."""
+  known = registry.settings_of(factory)
+  return known is None or "rate" in known
+
+
+def make(name: str, **settings) -> types.MaskFn:
+  """The mask of a config.
+
+  Args:
+    name: a key of `MASKS`, or `package.module:attribute`.
+    **settings: of the factory.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on an unknown name or setting, or one that is missing or wrong.
+  """
+  factory = family(name, **settings)
+  for setting, default in (registry.settings_of(factory) or {}).items():
+    if default is inspect.Parameter.empty:
+      raise types.UsageError(f"mask {name!r} needs the setting {setting!r}.")
+  return factory()
+
+
+def describe(name: str, **settings) -> str:
+  """A mask in words, for reports: "Every step goes missing …; rate 0-1, complete_share 0.5".
+
+  Args:
+    name: a key of `MASKS`, or `package.module:attribute`.
+    **settings: as `make` takes them.
+
+  Returns:
+    The first line of the factory's docstring, and the settings.
+  """
+  doc = (registry.lookup("mask", MASKS, name).__doc__ or name).strip().splitlines()[0].rstrip(".")
+  told = [f"{setting} {_words(value)}" for setting, value in settings.items()]
+  return "; ".join([doc, *([", ".join(told)] if told else [])])
+
+
+def _words(value: Any) -> str:
+  if isinstance(value, Mapping):
+    if "name" in value:
+      return f"({describe(**value)})"
+    return ", ".join(f"{name} {_words(one)}" for name, one in value.items())
+  if isinstance(value, Sequence) and not isinstance(value, str):
+    numbers = len(value) == 2 and all(isinstance(one, int | float) for one in value)
+    return ("-" if numbers else " + ").join(_words(one) for one in value) or "none"
+  return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+MASKS: dict[str, Callable[..., types.MaskFn]] = {
+  "span": span,
+  "bernoulli": bernoulli,
+  "random_drop": random_drop,
+  "drop": drop,
+  "mixture": mixture,
+  "compose": compose,
+}
