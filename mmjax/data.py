@@ -317,7 +317,7 @@ def _batches(builder, split: str, size: int = 512, **options) -> Iterator[dict[s
     yield from tfds.as_numpy(dataset)
     return
   kinds = {key: feature.np_dtype for key, feature in builder.info.features.items()}
-  for row in builder.as_data_source(split):
+  for row in builder.as_data_source(split, **options):
     yield {key: np.array([value], kinds[key]) for key, value in row.items()}
 
 

@@ -1,13 +1,15 @@
-"""Training splits that stay on disk: TFRecords, read and shuffled while the device computes."""
+"""Training splits that stay on disk: read and shuffled while the device computes."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from mmjax import data, types
+from mmjax import data, parallel, sources, types
 
 
 class Stream(NamedTuple):
@@ -32,6 +34,29 @@ class Stream(NamedTuple):
   moments: Mapping[str, tuple[np.ndarray, np.ndarray]]
   buffer: int
 
+  def read(self) -> types.Batch:
+    """The whole split as one batch of N rows: it must fit the host's memory."""
+    columns = data.read_columns(self.builder, "train")
+    return self._batch(np.arange(self.rows), columns)
+
+  def place(self, mesh: Mesh | None) -> "Stream":
+    """The stream itself: each batch is placed when it is read."""
+    del mesh
+    return self
+
+  def make_steps(
+    self,
+    advance: sources.Advance,
+    batch_size: int,
+    draws: int,
+    *,
+    mesh: Mesh | None = None,
+    together: bool = False,
+  ) -> sources.Steps:
+    """See `sources.Source.make_steps`; a step is a program of its own."""
+    program = make_program(advance, mesh, together=together)
+    return _Steps(self, program, batch_size, draws, mesh, together)
+
   def batches(
     self, key: types.PRNGKey, batch_size: int, draws: int, skip: int = 0
   ) -> Iterator[tuple[types.Batch, ...]]:
@@ -48,32 +73,20 @@ class Stream(NamedTuple):
     """
     seeds = np.asarray(jax.random.bits(key, (draws, 2), "uint32")).astype(np.int64)
     own = batch_size // jax.process_count()
-    # parsed as batches: row by row it takes twice the time
-    passes = [self._rows(*seed).batch(own, drop_remainder=True).map(self._parse) for seed in seeds]
+    serialized = FORMATS[self.builder.info.file_format.value](self.builder)
+    # read and parsed as batches: row by row it takes twice the time
+    passes = [
+      serialized(*self._part(turn), self.buffer, seed, own).map(self._parse) for turn, seed in seeds
+    ]
     drawn = type(passes[0]).zip(tuple(passes)).take(self.rows // batch_size).skip(skip)
     for fields in drawn.prefetch(2).as_numpy_iterator():
       yield tuple(self._batch(index, rows) for index, rows in fields)
 
-  def _rows(self, turn, seed):
-    """A tf.data.Dataset of this process's (index, example), from row `turn` on, shuffled."""
-    import tensorflow as tf
-
-    tfds = data.import_tfds()
+  def _part(self, turn: int) -> tuple[int, int, int]:
+    """This process's part of the rows: first, the one to begin at, end."""
     hosts, host = jax.process_count(), jax.process_index()
     first, end = (self.rows * n // hosts for n in (host, host + 1))
-    turn = first + turn % (end - first)
-
-    def read(start, stop):
-      part = tfds.core.ReadInstruction("train", from_=start, to=stop, unit="abs")
-      files = [
-        tf.data.TFRecordDataset(file.filename).skip(file.skip).take(file.take)
-        for file in self.builder.info.splits[part].file_instructions
-      ]
-      return functools.reduce(tf.data.Dataset.concatenate, files).enumerate(start)
-
-    rows = read(turn, end)
-    rows = rows.concatenate(read(first, turn)) if turn > first else rows
-    return rows.shuffle(min(self.buffer, end - first), seed=seed)
+    return first, first + turn % (end - first), end
 
   def _parse(self, index, examples):
     """[B] serialized examples, as `data_prep.builder` writes them -> their fields."""
@@ -90,6 +103,117 @@ class Stream(NamedTuple):
   def _batch(self, index, fields):
     batch = data.make_split(fields, f"{self.builder.name}/train", **self.options)
     return data.scale(batch._replace(index=index.astype(np.int32)), self.moments)
+
+
+def _tfrecords(builder: Any) -> Callable:
+  """`(first, turn, end, buffer, seed, own) -> Dataset` of ([own] index, [own] serialized rows).
+
+  The rows [turn, end) and then [first, turn), shuffled in a buffer; a file is read in order.
+  """
+  import tensorflow as tf
+
+  split = builder.info.splits["train"]
+  paths = [str(path) for path in split.filepaths]
+  starts = np.concatenate([[0], np.cumsum(split.shard_lengths)])
+
+  def read(start, stop):
+    files = [
+      tf.data.TFRecordDataset(path)
+      .skip(max(start - low, 0))
+      .take(min(stop, high) - max(start, low))
+      for path, low, high in zip(paths, starts[:-1], starts[1:], strict=True)
+      if max(start, low) < min(stop, high)
+    ]
+    return functools.reduce(tf.data.Dataset.concatenate, files).enumerate(start)
+
+  def serialized(first, turn, end, buffer, seed, own):
+    rows = read(turn, end)
+    rows = rows.concatenate(read(first, turn)) if turn > first else rows
+    return rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=True)
+
+  return serialized
+
+
+def _array_records(builder: Any) -> Callable:
+  """`_tfrecords` of files with random access, in the same order: row numbers are shuffled."""
+  import tensorflow as tf
+  from array_record.python import array_record_data_source
+
+  paths = [str(path) for path in builder.info.splits["train"].filepaths]
+  records = array_record_data_source.ArrayRecordDataSource(paths)
+
+  def fetch(index):
+    return np.array(records.__getitems__(index.tolist()), object)
+
+  def serialized(first, turn, end, buffer, seed, own):
+    rows = tf.data.Dataset.range(turn, end).concatenate(tf.data.Dataset.range(first, turn))
+    index = rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=True)
+
+    def with_rows(index):
+      found = tf.numpy_function(fetch, [index], tf.string)
+      return index, tf.ensure_shape(found, (own,))
+
+    return index.map(with_rows)
+
+  return serialized
+
+
+# How the files of each format are read.
+FORMATS: Mapping[str, Callable[[Any], Callable]] = {
+  "tfrecord": _tfrecords,
+  "array_record": _array_records,
+}
+
+
+def make_program(
+  advance: sources.Advance, mesh: Mesh | None, *, together: bool = False
+) -> Callable[..., tuple]:
+  """The jitted `(state, sums, drawn, key) -> (state, sums, finite)` of one step of a stream.
+
+  Args:
+    advance: the step; state and sums are consumed.
+    mesh: devices that share the rows of each draw.
+    together: whether all arguments have a leading axis of runs.
+  """
+
+  def one(state, sums, drawn, key):
+    # stacked, as `meta` takes them apart again: rows that are concatenated would change devices
+    join = lambda *parts: jnp.stack(parts).reshape(-1, *parts[0].shape[1:])  # noqa: E731
+    return advance(state, sums, jax.tree.map(join, *drawn), key)
+
+  return parallel.jit(jax.vmap(one) if together else one, mesh, donate_argnums=(0, 1))
+
+
+class _Steps:
+  """Runs steps one by one; the next batch is read while the device computes.
+
+  It remembers where the last call ended, so that going on there reads nothing twice.
+  """
+
+  def __init__(self, stream, program, batch_size, draws, mesh, together):
+    self._stream, self._program, self._mesh = stream, program, mesh
+    self._batch_size, self._draws, self._together = batch_size, draws, together
+    self._place, self._upcoming, self._batches = None, None, iter(())
+
+  def __call__(self, state, sums, key, epoch, start, stop):
+    at, finite = int(start), np.bool_(True)
+    if self._place != (int(epoch), at):
+      self._batches = self._read(key, epoch, at)
+      self._upcoming = next(self._batches)
+    while np.all(finite) and at < stop:
+      state, sums, finite = self._program(state, sums, self._upcoming, key)
+      at, self._upcoming = at + 1, next(self._batches, None)  # while the device computes
+    self._place = (int(epoch), at)
+    return state, sums, finite
+
+  def _read(self, key, epoch, skip):
+    passes = [
+      self._stream.batches(sources.order_key(one, epoch), self._batch_size, self._draws, skip=skip)
+      for one in (key if self._together else [key])
+    ]
+    if self._together:
+      return (jax.tree.map(lambda *rows: jnp.stack(rows), *runs) for runs in zip(*passes))
+    return (parallel.assemble(drawn, self._mesh) for drawn in passes[0])
 
 
 def open_dataset(
@@ -111,14 +235,13 @@ def open_dataset(
     buffer: see `Stream`.
 
   Raises:
-    DataError: if there is no complete dataset of that name in TFRecords, or a key is missing.
+    DataError: if there is no complete dataset of that name, or a key is missing.
   """
   tfds = data.import_tfds()
   builder = tfds.builder_from_directory(str(data.dataset_folder(data_dir, name)))
-  if builder.info.file_format is not tfds.core.FileFormat.TFRECORD:
+  if builder.info.file_format.value not in FORMATS:
     raise data.DataError(
-      f"{name} is stored as {builder.info.file_format.value}; what streams are TFRecords:"
-      " python -m data_prep.convert --file_format=tfrecord"
+      f"{name} is stored as {builder.info.file_format.value}; what streams are {list(FORMATS)}."
     )
   held = data.read_arrays(data_dir, name, splits=("valid", "test"))
   arrays = {"train": data.read_columns(builder, "train[:1]"), **held}

@@ -1,4 +1,4 @@
-"""The one trainer: steps, epochs as one compiled program, and the fit loop around them.
+"""The one trainer: a step, and the fit loop around the steps of a source.
 
 A training run is a pytree (`Progress`) and pure functions of it: saving that pytree and
 loading it again continues the run bit for bit, in the middle of an epoch too.
@@ -6,17 +6,19 @@ loading it again continues the run bit for bit, in the middle of an epoch too.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmjax import metrics, optim, parallel, stream, types
+from mmjax import metrics, optim, parallel, registry, sources, types
 
 # One constant per purpose, folded into the run's key.
-INIT, DATA, LOSS, METHOD = range(4)
+INIT, DATA, LOSS, METHOD, METHOD_INIT = 0, sources.DATA, 2, 3, 4
+
+Evaluators = Mapping[str, Callable[[types.Params, types.Extra], Mapping[str, float]]]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -34,13 +36,14 @@ class Recipe(NamedTuple):
     system: the model.
     method: the training method (`mmjax.meta`): it turns each phase's loss into the one that is
       trained.
-    optimizers: of each phase, by its name.
+    optimizers: of each phase, by its name. Those that read `value`, `grad` or `value_fn` in
+      their update get them.
     batch_size: B, samples of one draw.
     epochs: number of epochs; each passes every draw's permutation of the data once.
-    select: the validation metric that picks the best epoch.
-    larger_is_better: direction of `select`.
+    select: "split/metric" names, each of which keeps the parameters of its own best epoch; the
+      first one drives the patience and plateau schedules. `metrics.METRICS` tells in which
+      direction a metric gets better: a metric of your own needs a row there.
     patience: stop after so many epochs without a better one (None: never).
-    also: further metrics, each of which keeps the parameters of its own best epoch.
     mesh: devices that share each batch, see `parallel`; None for one device.
   """
 
@@ -49,11 +52,24 @@ class Recipe(NamedTuple):
   optimizers: Mapping[str, optax.GradientTransformation]
   batch_size: int
   epochs: int = 1
-  select: str = "mae"
-  larger_is_better: bool = False
+  select: tuple[str, ...] = ("valid/mae",)
   patience: int | None = None
-  also: tuple[str, ...] = ()
   mesh: jax.sharding.Mesh | None = None
+
+
+class Best(NamedTuple):
+  """The best epoch by one metric.
+
+  Attributes:
+    score: [] the metric's value; infinitely bad before the first epoch.
+    epoch: [] int32, -1 before the first.
+    params, extra: of that epoch, the initial ones before the first.
+  """
+
+  score: Any
+  epoch: Any
+  params: types.Params
+  extra: types.Extra
 
 
 class Progress(NamedTuple):
@@ -61,22 +77,16 @@ class Progress(NamedTuple):
 
   Attributes:
     state: parameters, optimizer states, extra.
-    best: {"params", "extra"} of the best validated epoch (the initial ones before).
-    best_score: [] its score, larger is better; -inf before the first.
-    best_epoch: [] int32, -1 before the first.
-    others: of each metric in `Recipe.also`: {"params", "extra", "score"} of its best epoch.
+    best: of each entry of `Recipe.select`.
     epoch, phase, done: [] int32, the epoch in progress, its phase and that phase's steps done.
     sums: metrics summed over the epoch's steps so far, by phase.
   """
 
   state: types.TrainState
-  best: dict[str, Any]
-  best_score: jax.Array
-  best_epoch: jax.Array
-  others: dict[str, dict[str, Any]]
-  epoch: jax.Array
-  phase: jax.Array
-  done: jax.Array
+  best: dict[str, Best]
+  epoch: Any
+  phase: Any
+  done: Any
   sums: dict[str, dict[str, jax.Array]]
 
 
@@ -86,32 +96,56 @@ class EpochReport(NamedTuple):
   Attributes:
     epoch: its number, from 0.
     train: mean of each training metric, as "phase/metric" (no prefix with a single phase).
-    valid: the validation metrics.
-    is_best: whether it is the best one so far.
+    evaluated: the metrics of each evaluator, by its name.
+    improved: the entries of `Recipe.select` of which it is the best epoch so far.
     progress: where the run stands after it.
   """
 
   epoch: int
   train: dict[str, float]
-  valid: dict[str, float]
-  is_best: bool
+  evaluated: dict[str, dict[str, float]]
+  improved: tuple[str, ...]
   progress: Progress
 
 
 def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainState:
-  """Initial parameters, optimizer states and extra of a run."""
+  """Initial parameters, optimizer states, extra and method's parameters of a run."""
   params, extra = recipe.system.init(jax.random.fold_in(key, INIT), spec)
-  extra = _copy(extra)  # a system may use one array twice, but buffers are donated once
 
   @jax.jit  # one program, not one for each shape
-  def init_optimizers(params):
-    return {
-      phase.name: recipe.optimizers[phase.name].init(optim.split(params, phase.trains)[0])
-      for phase in recipe.system.phases
-    }
+  def init_phases(params, key):
+    opt, own = {}, {}
+    for number, phase in enumerate(recipe.system.phases):
+      trained = optim.split(params, phase.trains)[0]
+      if recipe.method.init is not None:
+        own[phase.name] = recipe.method.init(jax.random.fold_in(key, number), trained)
+      tree = _joined(recipe.method, trained, own.get(phase.name))
+      opt[phase.name] = recipe.optimizers[phase.name].init(tree)
+    return opt, own
 
-  opt = init_optimizers(params)
-  return types.TrainState(jnp.int32(0), params, opt, extra, {})
+  opt, own = init_phases(params, jax.random.fold_in(key, METHOD_INIT))
+  # steps consume the state's buffers, but what `init` returned belongs to the user; and neither
+  # may one array stand in two places
+  return _copy(types.TrainState(jnp.int32(0), params, opt, extra, own))
+
+
+def _joined(method: types.Method, trained: types.Params, own: types.Params) -> types.Params:
+  """The one tree that a phase's optimizer trains: the parameters, and the method's own."""
+  if method.init is None:
+    return trained
+  if not isinstance(trained, Mapping) or "method" in trained:
+    raise types.UsageError(
+      "a method with parameters of its own trains a system whose parameters are a dict without"
+      ' an entry "method".'
+    )
+  return {**trained, "method": own}
+
+
+def _parted(method: types.Method, tree: types.Params) -> tuple[types.Params, types.Params]:
+  """Inverse of `_joined`; {} where the method has no parameters."""
+  if method.init is None:
+    return tree, {}
+  return {name: part for name, part in tree.items() if name != "method"}, tree["method"]
 
 
 def make_step(
@@ -122,7 +156,8 @@ def make_step(
   `key` is the run's; the step folds `state.step` into it. Only the parameters that
   `phase.trains` finds are differentiated, in the inner loop of a meta-gradient too.
   """
-  optimizer = recipe.optimizers[phase.name]
+  method = recipe.method
+  optimizer = optax.with_extra_args_support(recipe.optimizers[phase.name])
 
   def step(state, batch, key):
     trained, constant = optim.split(state.params, phase.trains)
@@ -132,23 +167,36 @@ def make_step(
 
     method_key = jax.random.fold_in(key, METHOD)
     shared = parallel.share(loss, recipe.mesh)
-    wrapped = recipe.method.wrap(shared, method_key, {}, hessian=phase.hessian)
-    gradient = jax.value_and_grad(wrapped, has_aux=True)
+
+    def wrapped(tree, *args):
+      trained, own = _parted(method, tree)
+      return method.wrap(shared, method_key, own, hessian=phase.hessian)(trained, *args)
+
+    tree = _joined(method, trained, state.method.get(phase.name))
     step_key = jax.random.fold_in(jax.random.fold_in(key, LOSS), state.step)
-    (value, aux), grads = gradient(trained, batch, step_key, state.extra)
-    updates, opt = optimizer.update(grads, state.opt[phase.name], trained)
-    params = optim.merge(optax.apply_updates(trained, updates), constant)
+    gradient = jax.value_and_grad(wrapped, has_aux=True)
+    (value, aux), grads = gradient(tree, batch, step_key, state.extra)
+
+    def value_of(tree):  # of line searches
+      return wrapped(tree, batch, step_key, state.extra)[0]
+
+    updates, opt = optimizer.update(
+      grads, state.opt[phase.name], tree, value=value, grad=grads, value_fn=value_of
+    )
+    trained, own = _parted(method, optax.apply_updates(tree, updates))
+    own = state.method if method.init is None else {**state.method, phase.name: own}
     metrics = {**aux.metrics, "loss": value, "gradient_norm": optax.tree.norm(grads)}
     extra = jax.tree.map(jax.lax.stop_gradient, aux.extra)
     opt = {**state.opt, phase.name: opt}
-    state = types.TrainState(state.step + 1, params, opt, extra, state.method)
-    return state, metrics
+    params = optim.merge(trained, constant)
+    return types.TrainState(state.step + 1, params, opt, extra, own), metrics
 
   return step
 
 
-def _advance(step: Callable) -> Callable:
+def make_advance(recipe: Recipe, phase: types.Phase) -> sources.Advance:
   """`(state, sums, batch, key) -> (state, sums, finite)`: a step, its metrics added to `sums`."""
+  step = make_step(recipe, phase)
 
   def advance(state, sums, batch, key):
     state, metrics = step(state, batch, key)
@@ -158,254 +206,189 @@ def _advance(step: Callable) -> Callable:
   return advance
 
 
-def _compile(function: Callable, mesh: jax.sharding.Mesh | None) -> Callable:
-  """Jitted; the first two arguments, state and sums, are consumed, all results are replicated."""
-  return parallel.jit(function, mesh, donate_argnums=(0, 1))
-
-
-def make_steps(
-  step: Callable,
-  batch_size: int,
-  draws: int,
-  *,
-  mesh: jax.sharding.Mesh | None = None,
-  together: bool = False,
-) -> Callable:
-  """Runs the steps [start, stop) of an epoch over data on the device, as one program.
+def start(
+  recipe: Recipe, source: types.Batch | sources.Source, spec: types.Spec, key: types.PRNGKey
+) -> Progress:
+  """The progress of a run that has not begun; also the template to restore one into.
 
   Args:
-    step: from `make_step`.
-    batch_size: B.
-    draws: independent draws of B rows a step.
-    mesh: as in `Recipe`.
-    together: whether state, sums and key have a leading axis of runs that train side by side.
+    recipe: how to train.
+    source: the training split.
+    spec: its shapes, for `System.init`.
+    key: the run's key.
 
-  Returns:
-    A jitted `(state, sums, data, key, epoch, start, stop) -> (state, sums, last, finite)`:
-    `data` is a whole split as one batch of N rows; `sums` accumulates the metrics; the bounds
-    are traced, so that an epoch can be cut anywhere without compiling again or changing a bit.
-    It ends at `last` < `stop` where a loss or gradient was not `finite`.
+  Raises:
+    UsageError: if the recipe or the split cannot be trained with, see `fit`.
   """
-  advance = _advance(step)
-
-  def steps(state, sums, data, key, epoch, start, stop):
-    orders = jax.vmap(lambda k: jax.random.permutation(k, data.index.shape[0]))(
-      jax.random.split(_order_key(key, epoch), draws)
-    )
-
-    def unfinished(carry):
-      _, _, at, finite = carry
-      return (at < stop) & finite
-
-    def body(carry):
-      state, sums, at, _ = carry
-      rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
-      batch = jax.tree.map(lambda a: a[rows.reshape(-1)], data)
-      state, sums, finite = advance(state, sums, batch, key)
-      return state, sums, at + 1, finite
-
-    state, sums, last, finite = jax.lax.while_loop(
-      unfinished, body, (state, sums, start, jnp.bool_(True))
-    )
-    return state, sums, last, finite
-
-  if together:
-    steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
-  return _compile(steps, mesh)
-
-
-def make_stream_steps(
-  step: Callable, batch_size: int, draws: int, *, mesh: jax.sharding.Mesh | None = None
-) -> Callable:
-  """`make_steps` over data that stay on disk: `data` is a `stream.Stream`.
-
-  A step is a program of its own, and the next batch is read while it runs.
-  """
-  advance = _advance(step)
-
-  def one(state, sums, drawn, key):
-    # stacked, as `meta` takes them apart again: rows that are concatenated would change devices
-    join = lambda *parts: jnp.stack(parts).reshape(-1, *parts[0].shape[1:])  # noqa: E731
-    batch = jax.tree.map(join, *drawn)
-    return advance(state, sums, batch, key)
-
-  one = _compile(one, mesh)
-  place = batches = upcoming = None  # where the last call ended, and what follows there
-
-  def steps(state, sums, data, key, epoch, start, stop):
-    nonlocal place, batches, upcoming
-    if place != (int(epoch), int(start)):
-      read = data.batches(_order_key(key, epoch), batch_size, draws, skip=int(start))
-      batches = (parallel.assemble(drawn, mesh) for drawn in read)
-      upcoming = next(batches)
-    at, finite = int(start), True
-    while finite and at < stop:
-      state, sums, found = one(state, sums, upcoming, key)
-      at, upcoming = at + 1, next(batches, None)  # read while the device computes
-      finite = bool(found)
-    place = (int(epoch), at)
-    return state, sums, at, finite
-
-  return steps
-
-
-def _order_key(key, epoch):
-  return jax.random.fold_in(jax.random.fold_in(key, DATA), epoch)
-
-
-def start(
-  recipe: Recipe, train: types.Batch | stream.Stream, spec: types.Spec, key: types.PRNGKey
-) -> Progress:
-  """The progress of a run that has not begun; also the template to restore one into."""
+  source = sources.as_source(source)
+  _check_recipe(recipe, source)
+  better = [_direction(name) for name in recipe.select]
   state = create(recipe, spec, key)
-  example = train.example if isinstance(train, stream.Stream) else train
-  batch_size = min(recipe.batch_size, spec.num_train)
-  rows = np.arange(batch_size * recipe.method.draws) % example.index.shape[0]
-  batch = jax.tree.map(lambda a: jnp.asarray(a[rows]), example)
+  rows = min(recipe.batch_size, source.rows) * recipe.method.draws
+  batch = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype)),
+    source.example,
+  )
   sums = {}
   for phase in recipe.system.phases:
     _, metrics = jax.eval_shape(make_step(recipe, phase), state, batch, key)
     sums[phase.name] = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics)
-  # copies: the state's own buffers are donated to the first step
-  best = _copy({"params": state.params, "extra": state.extra})
-  worst, zero = np.float32(-np.inf), np.int32(0)
-  others = {metric: {**_copy(best), "score": worst} for metric in recipe.also}
-  progress = Progress(state, best, worst, np.int32(-1), others, zero, zero, zero, sums)
+  zero = np.int32(0)
+  best = {
+    name: Best(np.float32(-sign * np.inf), np.int32(-1), *_copy((state.params, state.extra)))
+    for name, sign in zip(recipe.select, better, strict=True)
+  }
+  progress = Progress(state, best, zero, zero, zero, sums)
   return progress if recipe.mesh is None else parallel.replicate(progress, recipe.mesh)
 
 
+@overload
 def fit(
   recipe: Recipe,
-  train: types.Batch | stream.Stream,
-  validate: Callable[[types.Params, types.Extra], dict[str, float]],
+  source: types.Batch | sources.Source,
+  evaluators: Evaluators,
   progress: Progress,
   key: types.PRNGKey,
   *,
-  seconds: float = 10.0,
-  pause: Callable[[Progress], None] = lambda progress: None,
-) -> Iterator[EpochReport]:
+  seconds: float = ...,
+  pause: Callable[[Progress], None] = ...,
+) -> Iterator[EpochReport]: ...
+
+
+@overload
+def fit(
+  recipe: Recipe,
+  source: types.Batch | sources.Source,
+  evaluators: Sequence[Evaluators],
+  progress: Sequence[Progress],
+  key: Sequence[types.PRNGKey],
+  *,
+  seconds: float = ...,
+  pause: Callable[[list[Progress]], None] = ...,
+) -> Iterator[list[EpochReport | None]]: ...
+
+
+def fit(
+  recipe, source, evaluators, progress, key, *, seconds=10.0, pause=lambda progress: None
+) -> Iterator:
   """Trains epoch by epoch from `progress` on and yields a report after each.
 
-  Each epoch runs its active phases in order, validates, and keeps the parameters that are
-  best on validation, from the epoch on in which the last phase begins. Training is a
-  function of (recipe, data, key) alone: where it was interrupted does not change a bit of the
-  result.
+  Each epoch runs its active phases in order, evaluates, and keeps the parameters that are
+  best by each entry of `recipe.select`, from the epoch on in which the last phase begins.
+  Training is a function of (recipe, source, key) alone: where it was interrupted does not
+  change a bit of the result.
+
+  Several runs that differ in their keys train side by side, as one vmapped program, where
+  `evaluators`, `progress` and `key` are lists; all runs that are not over stand at the same
+  step. What is given to `pause` and yielded are lists then, too.
 
   Args:
     recipe: how to train.
-    train: the training split, N rows; a stream stays on disk.
-    validate: `(params, extra) -> metrics` on the validation split, with `recipe.select`.
+    source: the training split, N rows: a batch, or a source such as `stream.Stream`.
+    evaluators: by the name of a split, `(params, extra) -> metrics`. All are called after each
+      epoch. One may tell the metrics that it gives by an attribute `names`; otherwise it is
+      asked once before the first step.
     progress: from `start` or a checkpoint. Its buffers are consumed.
     key: the run's key.
     seconds: long epochs are cut into stretches of about this time.
     pause: called between stretches with the current progress, to save it or to stop by
       raising an exception.
 
-  Yields:
-    An `EpochReport` per epoch.
+  Returns:
+    An iterator of an `EpochReport` per epoch; in a list, None stands for a run that is over.
 
   Raises:
+    UsageError: before the first step, if the recipe or the split cannot be trained with: an
+      unknown entry of `select`, no rows, a batch of less than one row, …
     NonFiniteLoss: at the first step whose loss or gradient is not finite.
-    KeyError: if `validate` does not return `recipe.select`.
   """
-  phases, streamed = recipe.system.phases, isinstance(train, stream.Stream)
-  rows = train.rows if streamed else train.index.shape[0]
-  batch_size, make = min(recipe.batch_size, rows), make_stream_steps if streamed else make_steps
-  runs = [
-    make(make_step(recipe, phase), batch_size, recipe.method.draws, mesh=recipe.mesh)
+  source, one = sources.as_source(source), isinstance(evaluators, Mapping)
+  _check_recipe(recipe, source)
+  runs = ([evaluators], [progress], [key]) if one else tuple(map(list, (evaluators, progress, key)))
+  if len({len(part) for part in runs}) != 1 or not runs[0]:
+    raise types.UsageError("runs side by side need as many evaluators as progresses and keys.")
+  if not one and recipe.mesh is not None:
+    raise types.UsageError("runs side by side train on one device: the recipe's mesh must be None.")
+  for its, where in zip(*runs[:2], strict=True):
+    _check_select(recipe, its, where)
+  if not one:
+    return _fit(recipe, source, *runs, seconds, pause, together=True)
+  alone = _fit(recipe, source, *runs, seconds, lambda all_: pause(all_[0]), together=False)
+  return (report for (report,) in alone)
+
+
+def _fit(recipe, source, evaluators, progresses, keys, seconds, pause, *, together):
+  """`fit` of lists; one run alone is not vmapped."""
+  phases, batch_size = recipe.system.phases, min(recipe.batch_size, source.rows)
+  placed = source.place(recipe.mesh)
+  programs = [
+    placed.make_steps(
+      make_advance(recipe, phase),
+      batch_size,
+      recipe.method.draws,
+      mesh=recipe.mesh,
+      together=together,
+    )
     for phase in phases
   ]
-  if recipe.mesh is not None:
-    key = parallel.replicate(key, recipe.mesh)
-  train = train if streamed else parallel.replicate(train, recipe.mesh)
+  key = jnp.stack(keys) if together else parallel.replicate(keys[0], recipe.mesh)
   stretch = 1  # steps until the next pause; grows to about `seconds`
 
-  while not _is_over(recipe, progress):
-    epoch = int(progress.epoch)
-    for number in range(int(progress.phase), len(phases)):
-      phase, done = phases[number], int(progress.done)
-      total = _phase_steps(phase, epoch, rows, batch_size)
-      if done == 0 and total:
-        progress = progress._replace(state=_on_epoch(phase, progress.state, epoch, train))
+  while active := [n for n, progress in enumerate(progresses) if not _is_over(recipe, progress)]:
+    first = progresses[active[0]]
+    if len({_place(progresses[n]) for n in active}) > 1:
+      raise types.UsageError("runs side by side must stand at the same step.")
+    epoch = int(first.epoch)
+    for number in range(int(first.phase), len(phases)):
+      phase, done = phases[number], int(progresses[active[0]].done)
+      total = _phase_steps(phase, epoch, source.rows, batch_size)
+      if done == 0 and total and phase.on_epoch is not None:
+        for n in active:
+          state = _on_epoch(phase, progresses[n].state, epoch, source, recipe.mesh)
+          progresses[n] = progresses[n]._replace(state=state)
       while done < total:
-        began = time.monotonic()
-        bounds = (np.int32(done), np.int32(min(done + stretch, total)))
-        state, sums, last, finite = runs[number](
-          progress.state, progress.sums[phase.name], train, key, np.int32(epoch), *bounds
+        began, stop = time.monotonic(), min(done + stretch, total)
+        state, sums, finite = programs[number](
+          *_gather(progresses, phase.name, together),
+          key,
+          np.int32(epoch),
+          np.int32(done),
+          np.int32(stop),
         )
-        if not finite:
-          raise NonFiniteLoss(phase.name, int(state.step) - 1)
-        done = int(last)
-        progress = progress._replace(
-          state=state, done=np.int32(done), sums={**progress.sums, phase.name: sums}
-        )
+        states, sums = (_unstack(state), _unstack(sums)) if together else ([state], [sums])
+        for n in active:  # a run that is over computes, but stays as it is
+          if not np.ravel(finite)[n]:
+            raise NonFiniteLoss(phase.name, int(states[n].step) - 1)
+          progresses[n] = progresses[n]._replace(
+            state=states[n],
+            done=np.int32(stop),
+            sums={**progresses[n].sums, phase.name: sums[n]},
+          )
+        done = stop
         took = parallel.agree(time.monotonic() - began)
         stretch = _next_stretch(stretch, took, seconds)
         if done < total:
-          pause(progress)
-      progress = progress._replace(phase=np.int32(number + 1), done=np.int32(0))
-    valid = validate(*parallel.local((progress.state.params, progress.state.extra)))
-    report = _finish_epoch(recipe, progress, valid, rows, batch_size)
-    progress = report.progress
-    yield report
-
-
-def fit_together(
-  recipe: Recipe,
-  train: types.Batch,
-  validates: Sequence[Callable[[types.Params, types.Extra], dict[str, float]]],
-  progresses: Sequence[Progress],
-  keys: Sequence[types.PRNGKey],
-) -> Iterator[list[EpochReport | None]]:
-  """`fit` for several seeds side by side, as one vmapped program: for accelerators.
-
-  Args:
-    recipe: how to train, the same for all.
-    train: the training split.
-    validates: of each run, see `fit`.
-    progresses: of each run, all at the beginning of the same epoch. Consumed.
-    keys: of each run.
-
-  Yields:
-    A report per run and epoch; None for a run that is over (patience).
-
-  Raises:
-    NonFiniteLoss: if one run's loss or gradient is not finite.
-  """
-  phases, rows = recipe.system.phases, train.index.shape[0]
-  batch_size = min(recipe.batch_size, rows)
-  runs = [
-    make_steps(make_step(recipe, phase), batch_size, recipe.method.draws, together=True)
-    for phase in phases
-  ]
-  train, keys, progresses = jax.tree.map(jnp.asarray, train), jnp.stack(keys), list(progresses)
-
-  while not all(over := [_is_over(recipe, progress) for progress in progresses]):
-    epoch = max(int(progress.epoch) for progress in progresses)
-    for number, phase in enumerate(phases):
-      if total := _phase_steps(phase, epoch, rows, batch_size):
-        states = [_on_epoch(phase, progress.state, epoch, train) for progress in progresses]
-        sums = [progress.sums[phase.name] for progress in progresses]
-        states, sums, _, finite = runs[number](
-          _stack(states), _stack(sums), train, keys, np.int32(epoch), np.int32(0), np.int32(total)
-        )
-        if not np.all(finite):
-          raise NonFiniteLoss(phase.name, int(np.max(states.step)) - 1)
-        progresses = [
-          progress._replace(state=state, sums={**progress.sums, phase.name: sum_})
-          for progress, state, sum_ in zip(
-            progresses, _unstack(states), _unstack(sums), strict=True
-          )
-        ]
-    reports = []
-    for number, progress in enumerate(progresses):
-      if over[number]:
-        reports.append(None)
-        continue
-      valid = validates[number](progress.state.params, progress.state.extra)
-      reports.append(_finish_epoch(recipe, progress, valid, rows, batch_size))
-      progresses[number] = reports[-1].progress
+          pause(list(progresses))
+      for n in active:
+        progresses[n] = progresses[n]._replace(phase=np.int32(number + 1), done=np.int32(0))
+    reports = [None] * len(progresses)
+    for n in active:
+      now = parallel.local((progresses[n].state.params, progresses[n].state.extra))
+      evaluated = {name: dict(evaluate(*now)) for name, evaluate in evaluators[n].items()}
+      reports[n] = _finish_epoch(recipe, progresses[n], evaluated, source.rows, batch_size)
+      progresses[n] = reports[n].progress
     yield reports
+
+
+def _gather(progresses, phase, together):
+  """State and sums of the run, or of all runs along a leading axis."""
+  states = [progress.state for progress in progresses]
+  sums = [progress.sums[phase] for progress in progresses]
+  return (_stack(states), _stack(sums)) if together else (states[0], sums[0])
+
+
+def _place(progress: Progress) -> tuple[int, int, int]:
+  return int(progress.epoch), int(progress.phase), int(progress.done)
 
 
 @jax.jit
@@ -428,6 +411,60 @@ def total_steps(phase: types.Phase, epochs: int, rows: int, batch_size: int) -> 
   return sum(_phase_steps(phase, epoch, rows, batch_size) for epoch in range(epochs))
 
 
+def _check_recipe(recipe: Recipe, source: sources.Source) -> None:
+  if source.rows < 1:
+    raise types.UsageError("the training split has no rows.")
+  if recipe.batch_size < 1:
+    raise types.UsageError(f"batch_size is {recipe.batch_size}, expected at least 1.")
+  if recipe.epochs < 0:
+    raise types.UsageError(f"epochs is {recipe.epochs}, expected at least 0.")
+  if recipe.patience is not None and recipe.patience < 1:
+    raise types.UsageError(f"patience is {recipe.patience}, expected at least 1, or None.")
+  missing = [p.name for p in recipe.system.phases if p.name not in recipe.optimizers]
+  if missing:
+    raise types.UsageError(
+      f"no optimizer for the phases {missing}; there are {sorted(recipe.optimizers)}."
+    )
+  if isinstance(recipe.select, str) or not recipe.select:
+    raise types.UsageError(
+      f'select is {recipe.select!r}, expected a tuple of names, such as ("valid/mae",).'
+    )
+
+
+def _check_select(recipe: Recipe, evaluators: Evaluators, progress: Progress) -> None:
+  """Refuses what nothing evaluates, before it costs an epoch."""
+  if set(recipe.select) != set(progress.best):
+    raise types.UsageError(
+      f"the progress is of a run that selects {sorted(progress.best)}, not {list(recipe.select)}."
+    )
+  there = []
+  for split, evaluate in evaluators.items():
+    found = getattr(evaluate, "names", None)
+    if found is None:
+      found = evaluate(*parallel.local((progress.state.params, progress.state.extra)))
+    there += [f"{split}/{metric}" for metric in found]
+  for name in recipe.select:
+    if name not in there:
+      raise types.UsageError(
+        f"select {name!r} is not evaluated{registry.nearest(name, there)}; there are"
+        f" {', '.join(there)}."
+      )
+
+
+def _direction(name: str) -> float:
+  """1 where a larger value of "split/metric" is better, else -1."""
+  split, slash, metric = name.partition("/")
+  if not slash or not split:
+    raise types.UsageError(f'select {name!r} is no "split/metric", such as "valid/mae".')
+  try:
+    return 1.0 if metrics.info(metric).better == "max" else -1.0
+  except (KeyError, types.UsageError):
+    raise types.UsageError(
+      f"select {name!r}: metrics.METRICS does not tell whether more of {metric!r} is"
+      f" better{registry.nearest(metric, metrics.METRICS)}; a metric of your own needs a row there."
+    ) from None
+
+
 def _first_candidate(recipe: Recipe) -> int:
   """The first epoch that may be selected: before its last phase a model is not complete."""
   return min(recipe.system.phases[-1].epochs[0], recipe.epochs - 1)
@@ -436,39 +473,39 @@ def _first_candidate(recipe: Recipe) -> int:
 def _is_over(recipe: Recipe, progress: Progress) -> bool:
   """Whether all epochs are done or the patience is at its end."""
   epoch = int(progress.epoch)
-  best = max(int(progress.best_epoch), _first_candidate(recipe) - 1)
+  best = max(int(progress.best[recipe.select[0]].epoch), _first_candidate(recipe) - 1)
   patience = recipe.epochs if recipe.patience is None else recipe.patience
   return epoch >= recipe.epochs or epoch - 1 - best >= patience
 
 
-def _finish_epoch(recipe, progress, valid, rows, batch_size) -> EpochReport:
+def _finish_epoch(recipe, progress, evaluated, rows, batch_size) -> EpochReport:
   """Keeps the best parameters and sets the counters to the next epoch."""
   epoch = int(progress.epoch)
   means = _means(recipe.system.phases, progress.sums, epoch, rows, batch_size)
-  score = valid[recipe.select] * (1.0 if recipe.larger_is_better else -1.0)
+  best, improved = dict(progress.best), []
   candidate = epoch >= _first_candidate(recipe)
-  is_best = candidate and score > float(progress.best_score)
-  now = {"params": progress.state.params, "extra": progress.state.extra}
-  others = dict(progress.others)
-  for metric in recipe.also if candidate else ():
-    own = valid[metric] * (-1.0 if metric in metrics.LOWER_IS_BETTER else 1.0)
-    if own > float(others[metric]["score"]):
-      others[metric] = {**_copy(now), "score": np.float32(own)}
-  progress = progress._replace(others=others)
-  if is_best:  # copies: the next step consumes the state's buffers
-    progress = progress._replace(
-      best=_copy(now),
-      best_score=np.float32(score),
-      best_epoch=np.int32(epoch),
-    )
-  opt = optim.observe(progress.state.opt, np.float32(score))
+  for name in recipe.select:
+    score, sign = _score(evaluated, name), _direction(name)
+    if candidate and sign * score > sign * float(best[name].score):  # a NaN is never better
+      # copies: the next step consumes the state's buffers
+      now = _copy((progress.state.params, progress.state.extra))
+      best[name] = Best(np.float32(score), np.int32(epoch), *now)
+      improved.append(name)
+  first = recipe.select[0]
+  seen = np.float32(_direction(first) * _score(evaluated, first))
   progress = progress._replace(
-    state=progress.state._replace(opt=opt),
+    state=progress.state._replace(opt=optim.observe(progress.state.opt, seen)),
+    best=best,
     epoch=np.int32(epoch + 1),
     phase=np.int32(0),
     sums=jax.tree.map(jnp.zeros_like, progress.sums),
   )
-  return EpochReport(epoch, means, valid, is_best, progress)
+  return EpochReport(epoch, means, evaluated, tuple(improved), progress)
+
+
+def _score(evaluated, name) -> float:
+  split, _, metric = name.partition("/")
+  return float(evaluated[split][metric])
 
 
 def _phase_steps(phase: types.Phase, epoch: int, rows: int, batch_size: int) -> int:
@@ -494,9 +531,9 @@ def _means(phases, sums, epoch, rows, batch_size) -> dict[str, float]:
   return means
 
 
-def _on_epoch(phase: types.Phase, state: types.TrainState, epoch: int, train) -> types.TrainState:
+def _on_epoch(phase, state, epoch, source, mesh) -> types.TrainState:
   """What happens to the state before a phase's steps of an epoch."""
-  if phase.on_epoch is None:
-    return state
-  params, extra = phase.on_epoch(state.params, state.extra, epoch, train)
+  changed = phase.on_epoch(state.params, state.extra, epoch, source)
+  # copies: an array of the phase's own would be consumed with the state
+  params, extra = _copy(parallel.replicate(changed, mesh))
   return state._replace(params=params, extra=extra)

@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,7 @@ import optax
 import pytest
 
 import toy
-from mmjax import checkpoint, masking, meta, optim, train, types
+from mmjax import checkpoint, masking, meta, metrics, optim, sources, train, types
 
 KEY = jax.random.key(5)
 DATA = toy.make_batch(32)
@@ -17,7 +15,7 @@ DATA = toy.make_batch(32)
 def recipe(**kwargs):
   settings = dict(
     system=toy.make_system(),
-    method=lambda key: functools.partial(meta.sampled_missing, mask=masking.span((0.2, 0.5))),
+    method=meta.spl(masking.span((0.2, 0.5))),
     optimizers={"main": optim.make(learning_rate=0.03)},
     batch_size=8,
     epochs=6,
@@ -30,9 +28,21 @@ def validate(params, extra):
   return {"mae": float(jnp.mean(jnp.abs(prediction - DATA.label)))}
 
 
-def run(plan, progress=None, pause=lambda progress: None, seconds=10.0):
-  progress = train.start(plan, DATA, toy.SPEC, KEY) if progress is None else progress
-  return list(train.fit(plan, DATA, validate, progress, KEY, pause=pause, seconds=seconds))
+def run(plan, progress=None, evaluators=None, data=DATA, key=KEY, **kwargs):
+  progress = train.start(plan, data, toy.SPEC, key) if progress is None else progress
+  return list(train.fit(plan, data, evaluators or {"valid": validate}, progress, key, **kwargs))
+
+
+def maes(reports):
+  return [report.evaluated["valid"]["mae"] for report in reports]
+
+
+def scores(*values, metric="mae"):
+  """An evaluator that returns these values in turn."""
+  values = iter(values)
+  evaluate = lambda params, extra: {metric: next(values)}  # noqa: E731
+  evaluate.names = (metric,)
+  return evaluate
 
 
 class Killed(Exception):
@@ -45,12 +55,12 @@ def finished():
 
 
 def test_it_learns_and_keeps_the_best_epoch(finished):
-  assert finished[-1].valid["mae"] < 0.7 * finished[0].valid["mae"]
-  last = finished[-1].progress
-  best = min(range(len(finished)), key=lambda n: finished[n].valid["mae"])
-  assert int(last.best_epoch) == best
-  assert [r.is_best for r in finished][best]
-  np.testing.assert_allclose(validate(**last.best)["mae"], finished[best].valid["mae"], rtol=1e-6)
+  found, last = maes(finished), finished[-1].progress
+  assert found[-1] < 0.7 * found[0]
+  best, at = last.best["valid/mae"], int(np.argmin(found))
+  assert int(best.epoch) == at and best.score == np.float32(found[at])
+  assert finished[at].improved == ("valid/mae",)
+  np.testing.assert_allclose(validate(best.params, best.extra)["mae"], found[at], rtol=1e-6)
   assert int(last.state.step) == 6 * 4 == int(last.state.extra["calls"])
 
 
@@ -74,55 +84,108 @@ def test_a_resumed_run_is_bit_identical(finished, tmp_path, kill_at):
 
 
 def test_m3s_trains_through_the_same_trainer():
-  method = functools.partial(
-    meta.m3s, mask=masking.span(0.5), inner_optimizer=optax.sgd(0.01), order="second"
+  method = meta.METHODS["m3s"](
+    masking.span(0.5), order="second", optimizer=dict(name="sgd", learning_rate=0.01)
   )
-  reports = run(recipe(method=lambda key: method, draws=2))
-  assert reports[-1].valid["mae"] < 0.7 * reports[0].valid["mae"]
+  reports = run(recipe(method=method))
+  assert maes(reports)[-1] < 0.7 * maes(reports)[0]
   assert int(reports[-1].progress.state.extra["calls"]) == 6 * 4  # once a step
   assert "support_loss" in reports[-1].train
 
 
-def test_every_draw_passes_the_data_once_an_epoch():
+def visited(epochs=3):
+  """[epochs, 2 draws, 4 steps, 8 rows] the rows of every step, and whether keys differ."""
+
   def loss(params, batch, key, extra):
     value, aux = toy.loss(params, batch, key, {"calls": extra["calls"]})
-    half = batch.index.shape[0] // 2
-    visits = extra["visits"].at[0, batch.index[:half]].add(1).at[1, batch.index[half:]].add(1)
-    return value, types.Aux(aux.metrics, {**aux.extra, "visits": visits})
+    rows = extra["rows"].at[extra["calls"]].set(batch.index.reshape(2, 8))
+    keys = extra["keys"].at[extra["calls"]].set(jax.random.bits(key))
+    return value, types.Aux(aux.metrics, {**aux.extra, "rows": rows, "keys": keys})
 
   def init(key, spec):
     params, extra = toy.init(key, spec)
-    return params, {**extra, "visits": jnp.zeros((2, 32), jnp.int32)}
+    rows = jnp.zeros((epochs * 4, 2, 8), jnp.int32)
+    return params, {**extra, "rows": rows, "keys": jnp.zeros(epochs * 4, jnp.uint32)}
 
   system = types.System(init, toy.predict, (types.Phase("main", loss),))
-  plan = recipe(system=system, draws=2, epochs=3, method=lambda key: lambda loss: loss)
-  np.testing.assert_array_equal(run(plan)[-1].progress.state.extra["visits"], np.full((2, 32), 3))
+  plain = types.Method(2, lambda loss, key, own, *, hessian="reverse": loss)
+  extra = run(recipe(system=system, epochs=epochs, method=plain))[-1].progress.state.extra
+  rows = np.asarray(extra["rows"]).reshape(epochs, 4, 2, 8).swapaxes(1, 2)
+  return rows, np.asarray(extra["keys"])
+
+
+def test_every_draw_passes_the_data_once_an_epoch_in_an_order_of_its_own():
+  rows, keys = visited()
+  passes = rows.reshape(-1, 32)  # of each epoch and draw
+  np.testing.assert_array_equal(np.sort(passes), np.tile(np.arange(32), (6, 1)))
+  assert len({tuple(one) for one in passes}) == 6
+  assert len(set(keys)) == len(keys)  # each step has its own
+
+
+def test_the_orders_are_those_of_the_key():
+  """Written down: a change of the derivation would change every published number."""
+  key = jax.random.fold_in(jax.random.fold_in(KEY, 1), 2)
+  expected = [jax.random.permutation(k, 32) for k in jax.random.split(key, 2)]
+  rows, _ = visited()
+  np.testing.assert_array_equal(rows[2].reshape(2, 32), expected)
 
 
 def test_phases_train_their_own_parameters_in_their_own_epochs():
   entered = []
 
-  def enter(params, extra):
-    entered.append(True)
+  def on_epoch(params, extra, epoch, source):
+    entered.append((epoch, source.rows, source.read().index.shape))
     return {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}, extra
 
   phases = (
     types.Phase("encoder", toy.loss, trains="^encoder/", share=0.5),
-    types.Phase("head", toy.loss, trains="^head/", epochs=(1, 2), enter=enter),
+    types.Phase("head", toy.loss, trains="^head/", epochs=(1, 2), on_epoch=on_epoch),
   )
   optimizers = {p.name: optim.make(learning_rate=0.01) for p in phases}
   plan = recipe(system=toy.make_system(phases=phases), optimizers=optimizers, epochs=3)
-  first = jax.tree.map(np.asarray, train.start(plan, DATA, toy.SPEC, KEY).state.params)
-  params, steps = [first], []
-  for report in train.fit(plan, DATA, validate, train.start(plan, DATA, toy.SPEC, KEY), KEY):
+  begin = train.start(plan, DATA, toy.SPEC, KEY)
+  params, steps, best = [jax.tree.map(np.array, begin.state.params)], [], []
+  for report in train.fit(plan, DATA, {"valid": validate}, begin, KEY):
     params.append(jax.tree.map(np.array, report.progress.state.params))
     steps.append(int(report.progress.state.step))
-  chex.assert_trees_all_equal(params[1]["head"], first["head"])
-  assert (params[1]["encoder"]["kernel"] != first["encoder"]["kernel"]).any()
+    best.append(int(report.progress.best["valid/mae"].epoch))
+  chex.assert_trees_all_equal(params[1]["head"], params[0]["head"])
+  assert (params[1]["encoder"]["kernel"] != params[0]["encoder"]["kernel"]).any()
   assert steps == [2, 2 + 2 + 4, 8 + 2]
-  assert len(entered) == 1
+  assert entered == [(1, 32, (32,))]
   assert (params[2]["head"]["kernel"] != 0).all()
   chex.assert_trees_all_equal(params[3]["head"], params[2]["head"])
+  assert best[0] == -1 and best[1] == 1  # nothing is selected before the last phase
+
+
+def test_what_a_phase_sets_each_epoch_stays_its_own():
+  """An array that `on_epoch` returns again and again, twice at once, is not consumed."""
+  shared = jnp.arange(3.0)
+
+  def init(key, spec):
+    params, extra = toy.init(key, spec)
+    return params, {**extra, "a": shared, "b": shared}
+
+  on_epoch = lambda params, extra, epoch, source: (params, {**extra, "a": shared, "b": shared})  # noqa: E731
+  system = types.System(init, toy.predict, (types.Phase("main", toy.loss, on_epoch=on_epoch),))
+  run(recipe(system=system, epochs=2))
+  assert float(shared.sum()) == 3
+
+
+def test_arrays_of_init_survive():
+  """Pretrained weights belong to the user, and one array may stand in two places."""
+  params, extra = toy.init(KEY, toy.SPEC)
+  params["head"]["kernel"] = jnp.ones(8)
+  params["encoder"]["again"] = params["head"]["kernel"]
+  extra["ones"] = params["head"]["kernel"]
+  # optimizers may hold the parameters themselves
+  optimizer = optax.GradientTransformation(
+    lambda params: params, lambda updates, state, params: (updates, state)
+  )
+  system = toy.make_system()._replace(init=lambda key, spec: (params, extra))
+  for _ in range(2):
+    run(recipe(system=system, epochs=1, optimizers={"main": optimizer}))
+  assert float(params["encoder"]["again"].sum()) == 8 and int(extra["calls"]) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step():
@@ -136,19 +199,120 @@ def test_a_loss_that_is_not_finite_stops_at_its_step():
   assert caught.value.step == 5
 
 
-def test_seeds_side_by_side_equal_seeds_in_turn(finished):
-  plan, keys = recipe(epochs=3), [KEY, jax.random.key(6)]
+def test_a_gradient_that_is_not_finite_stops_too():
+  def loss(params, batch, key, extra):
+    value, aux = toy.loss(params, batch, key, extra)
+    return value + jnp.sqrt(jnp.abs(jax.lax.stop_gradient(value) * params["head"]["bias"])), aux
+
+  plan = recipe(system=toy.make_system(phases=(types.Phase("main", loss),)))
+  with pytest.raises(train.NonFiniteLoss, match="step 0"):
+    run(plan)
+
+
+def test_runs_side_by_side_equal_runs_in_turn(finished):
+  """And they pause and go on in the middle of an epoch, and stop one by one."""
+  plan, keys = recipe(epochs=3, patience=1), [KEY, jax.random.key(6)]
+  late = [{"valid": scores(3.0, 2.0, 1.0)}, {"valid": scores(1.0, 2.0)}]
+  paused = []
+
+  def pause(progresses):
+    paused.append([int(progress.done) for progress in progresses])
+
+  def fit(evaluators, progresses=None, **kwargs):
+    progresses = progresses or [train.start(plan, DATA, toy.SPEC, key) for key in keys]
+    return list(train.fit(plan, DATA, evaluators, progresses, keys, **kwargs))
+
+  reports = fit(late, pause=pause, seconds=0.0)
+  assert [[r is None for r in both] for both in reports] == [
+    [False] * 2,
+    [False] * 2,
+    [False, True],
+  ]
+  assert paused[:3] == [[1, 1], [2, 2], [3, 3]]
+  for (report, _), alone in zip(reports, finished, strict=False):
+    np.testing.assert_allclose(report.train["loss"], alone.train["loss"], rtol=1e-4)
+  other = run(recipe(epochs=2), train.start(plan, DATA, toy.SPEC, keys[1]), key=keys[1])
+  np.testing.assert_allclose(reports[1][1].train["loss"], other[-1].train["loss"], rtol=1e-4)
+
+
+def test_a_run_that_is_over_keeps_its_state_beside_another():
+  plan, keys = recipe(epochs=3, patience=1), [KEY, jax.random.key(6)]
+  evaluators = [{"valid": scores(3.0, 2.0, 1.0)}, {"valid": scores(1.0, 2.0)}]
   progresses = [train.start(plan, DATA, toy.SPEC, key) for key in keys]
-  alone = [r.valid["mae"] for r in finished[:3]]
-  together = list(train.fit_together(plan, DATA, [validate] * 2, progresses, keys))
-  np.testing.assert_allclose([r[0].valid["mae"] for r in together], alone, rtol=1e-4)
-  assert together[-1][0].valid["mae"] != together[-1][1].valid["mae"]
-  assert together[-1][1].progress.best_epoch == 2
+  seen = []
+  pause = lambda both: seen.append(jax.tree.map(np.array, both[1].state.params))  # noqa: E731
+  reports = list(train.fit(plan, DATA, evaluators, progresses, keys, seconds=0.0, pause=pause))
+  chex.assert_trees_all_equal(seen[-1], reports[1][1].progress.state.params)
 
 
 def test_patience_stops_early():
-  plan = recipe(patience=2, optimizers={"main": optim.make(learning_rate=0.0)}, epochs=50)
-  assert len(run(plan)) == 3  # the first is the best, two without a better one
+  plan = recipe(patience=2, epochs=50)
+  found = run(plan, evaluators={"valid": scores(3.0, 2.0, 2.0, 2.5)})
+  assert len(found) == 4  # the second is the best, two without a better one
+
+
+def test_each_metric_selects_its_own_epoch_in_its_own_direction():
+  """The first one drives the patience; NaN is never better."""
+  nan, select = float("nan"), ("valid/mae", "test/acc", "test/mae")
+  valid, test = scores(nan, 3.0, 4.0, 2.0), lambda params, extra: next(both)
+  test.names = ("mae", "acc")
+  both = iter([dict(mae=m, acc=a) for m, a in ((1.0, 0.2), (2.0, 0.6), (nan, nan), (3.0, 0.5))])
+  reports = run(recipe(select=select, epochs=4), evaluators={"valid": valid, "test": test})
+  best = reports[-1].progress.best
+  assert {name: (float(b.score), int(b.epoch)) for name, b in best.items()} == {
+    "valid/mae": (2.0, 3),
+    "test/acc": (np.float32(0.6), 1),
+    "test/mae": (1.0, 0),
+  }
+  assert [set(r.improved) for r in reports] == [
+    {"test/acc", "test/mae"},
+    {"valid/mae", "test/acc"},
+    set(),
+    {"valid/mae"},
+  ]
+  chex.assert_trees_all_equal(best["valid/mae"].params, reports[-1].progress.state.params)
+  assert int(best["test/acc"].extra["calls"]) == 8  # of that epoch
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    (dict(select=("valid/mea",)), "valid/mea.*nearest|did you mean 'mae'|did you mean"),
+    (dict(select=("test/mae",)), "'test/mae' is not evaluated.*there are valid/mae"),
+    (dict(select=("valid/corr",)), "'valid/corr' is not evaluated.*there are valid/mae"),
+    (dict(select=("mae",)), 'no "split/metric"'),
+    (dict(select="valid/mae"), "expected a tuple"),
+    (dict(select=("valid/mine",)), "METRICS does not tell.*needs a row"),
+    (dict(batch_size=0), "batch_size is 0"),
+    (dict(epochs=-1), "epochs is -1"),
+    (dict(patience=0), "patience is 0"),
+    (dict(optimizers={"other": optax.sgd(0.1)}), "no optimizer for the phases \\['main'\\]"),
+  ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(changed, message):
+  calls = []
+
+  def loss(params, batch, key, extra):
+    jax.debug.callback(lambda: calls.append(1))
+    return toy.loss(params, batch, key, extra)
+
+  plan = recipe(system=toy.make_system(phases=(types.Phase("main", loss),)), **changed)
+  with pytest.raises(types.UsageError, match=message):
+    run(plan)
+  assert not calls
+
+
+def test_an_empty_split_is_refused():
+  empty = jax.tree.map(lambda a: a[:0], DATA)
+  with pytest.raises(types.UsageError, match="no rows"):
+    train.start(recipe(), empty, toy.SPEC, KEY)
+
+
+def test_a_metric_of_ones_own_is_selected_once_it_has_a_row(monkeypatch):
+  monkeypatch.setitem(metrics.METRICS, "mine", metrics.METRICS["corr"])
+  plan = recipe(select=("valid/mine",), epochs=3)
+  found = run(plan, evaluators={"valid": scores(0.1, 0.3, 0.2, metric="mine")})
+  assert int(found[-1].progress.best["valid/mine"].epoch) == 1
 
 
 def test_more_rows_a_batch_than_data():
@@ -178,15 +342,77 @@ def test_the_steps_of_a_phase_are_counted_as_they_run():
   assert train.total_steps(types.Phase("all", toy.loss), 10, 5, 8) == 10  # one batch of 5
 
 
-def test_a_plateau_follows_the_validation():
-  scores = iter([1.0, 2.0, 2.0, 2.0, 2.0])
+def test_a_plateau_follows_the_first_selected_metric():
   plan = recipe(
     optimizers={"main": optim.make(learning_rate=0.01, plateau=dict(patience=1, factor=0.5))},
     epochs=5,
   )
-  start = train.start(plan, DATA, toy.SPEC, KEY)
-  scales = [
-    float(report.progress.state.opt["main"][-1].scale)
-    for report in train.fit(plan, DATA, lambda p, e: {"mae": next(scores)}, start, KEY)
-  ]
+  reports = run(plan, evaluators={"valid": scores(1.0, 2.0, 2.0, 2.0, 2.0)})
+  scales = [float(report.progress.state.opt["main"][-1].scale) for report in reports]
   assert scales == [1.0, 1.0, 0.5, 0.5, 0.25]
+
+
+def test_optimizers_that_read_the_loss_get_it():
+  """Polyak's rate: (loss - f_min) / |gradient|², here of a loss whose value is known."""
+  plan = recipe(optimizers={"main": optax.polyak_sgd(max_learning_rate=1e3)}, epochs=1)
+  begin = train.start(plan, DATA, toy.SPEC, KEY)
+  batch = jax.tree.map(jnp.asarray, jax.tree.map(lambda a: a[:8], DATA))
+  state, found = train.make_step(plan, plan.system.phases[0])(begin.state, batch, KEY)
+  moved = optax.tree.norm(optax.tree.sub(state.params, begin.state.params))
+  np.testing.assert_allclose(moved, found["loss"] / found["gradient_norm"], rtol=1e-4)
+
+
+def rated(first=0.5):
+  """A method with a parameter of its own: the loss is multiplied by `rate`, plus (rate - 2)²."""
+
+  def init(key, params):
+    assert set(params) == {"head", "encoder"}
+    return {"rate": first + jax.random.uniform(key)}
+
+  def wrap(loss, key, own, *, hessian="reverse"):
+    def wrapped(params, batch, key, extra):
+      value, aux = loss(params, batch, key, extra)
+      return jax.lax.stop_gradient(own["rate"]) * value + (own["rate"] - 2.0) ** 2, aux
+
+    return wrapped
+
+  return types.Method(1, wrap, init)
+
+
+def test_a_method_trains_parameters_of_its_own(tmp_path):
+  groups = (("^method/", dict(learning_rate=0.1)),)
+  optimizers = {"main": optim.make(name="sgd", learning_rate=0.0, groups=groups)}
+  plan = recipe(method=rated(), optimizers=optimizers, epochs=1)
+  begin = train.start(plan, DATA, toy.SPEC, KEY)
+  plain = train.start(recipe(), DATA, toy.SPEC, KEY)
+  chex.assert_trees_all_equal(begin.state.params, plain.state.params)  # nothing else moves
+  first, params = (
+    float(begin.state.method["main"]["rate"]),
+    jax.tree.map(np.array, begin.state.params),
+  )
+  assert 0.5 < first < 1.5
+  steps = checkpoint.manager(tmp_path)
+  checkpoint.save(steps, 0, begin)
+  last = run(plan, begin)[-1].progress.state
+  # sgd on (rate - 2)²: rate - 2 shrinks by 1 - 2 * 0.1 a step
+  expected = 2 + (first - 2) * 0.8**4
+  np.testing.assert_allclose(float(last.method["main"]["rate"]), expected, rtol=1e-5)
+  chex.assert_trees_all_equal(last.params, params)  # its group alone has a rate
+  again = run(plan, checkpoint.restore(steps, train.start(plan, DATA, toy.SPEC, KEY)))
+  chex.assert_trees_all_equal(again[-1].progress.state, last)
+  others = {
+    float(train.start(plan, DATA, toy.SPEC, jax.random.key(n)).state.method["main"]["rate"])
+    for n in (1, 2)
+  }
+  assert len(others) == 2
+
+
+def test_parameters_named_method_are_refused():
+  system = toy.make_system()._replace(init=lambda key, spec: ({"method": jnp.ones(2)}, {}))
+  with pytest.raises(types.UsageError, match='without an entry "method"'):
+    train.start(recipe(method=rated(), system=system), DATA, toy.SPEC, KEY)
+
+
+def test_a_batch_and_its_source_are_the_same(finished):
+  found = run(recipe(epochs=1), data=sources.Resident(DATA))
+  assert found[0].train == finished[0].train

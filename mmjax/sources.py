@@ -1,0 +1,134 @@
+"""Training splits as the trainer sees them: they hold the rows, and run the steps over them.
+
+`Resident` lies on the device, where an epoch is one program; `stream.Stream` stays on disk.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmjax import parallel, types
+
+# `(state, sums, batch, key) -> (state, sums, finite)`: one step, its metrics added to the sums.
+Advance = Callable[[types.TrainState, Any, types.Batch, types.PRNGKey], tuple]
+# `(state, sums, key, epoch, start, stop) -> (state, sums, finite)`: the steps [start, stop) of an
+# epoch, up to the first that is not finite; state and sums are consumed.
+Steps = Callable[..., tuple[types.TrainState, Any, Any]]
+
+
+class Source(types.Source, Protocol):
+  """What the trainer asks of a training split beside `rows` and `read`."""
+
+  @property
+  def example(self) -> types.Batch:
+    """Some rows, for their shapes and types."""
+    ...
+
+  def place(self, mesh: Mesh | None) -> "Source":
+    """The source with the rows where the steps need them."""
+    ...
+
+  def make_steps(
+    self,
+    advance: Advance,
+    batch_size: int,
+    draws: int,
+    *,
+    mesh: Mesh | None = None,
+    together: bool = False,
+  ) -> Steps:
+    """Compiles what runs the steps of an epoch.
+
+    Args:
+      advance: one step.
+      batch_size: B.
+      draws: independent draws of B rows a step.
+      mesh: devices that share each batch.
+      together: whether state, sums and key have a leading axis of runs that train side by side.
+
+    Returns:
+      The steps. Where an epoch is cut does not change a bit of the result.
+    """
+    ...
+
+
+class Resident(NamedTuple):
+  """A training split in memory.
+
+  Attributes:
+    batch: the whole split, N rows.
+  """
+
+  batch: types.Batch
+
+  @property
+  def rows(self) -> int:
+    """N."""
+    return self.batch.index.shape[0]
+
+  @property
+  def example(self) -> types.Batch:
+    """The split itself."""
+    return self.batch
+
+  def read(self) -> types.Batch:
+    """The split itself."""
+    return self.batch
+
+  def place(self, mesh: Mesh | None) -> "Resident":
+    """The split on the device, or on each one of the mesh."""
+    return Resident(parallel.replicate(self.batch, mesh))
+
+  def make_steps(
+    self,
+    advance: Advance,
+    batch_size: int,
+    draws: int,
+    *,
+    mesh: Mesh | None = None,
+    together: bool = False,
+  ) -> Steps:
+    """See `Source.make_steps`; any number of steps is one program, the bounds are traced."""
+
+    def steps(state, sums, data, key, epoch, start, stop):
+      orders = jax.vmap(lambda k: jax.random.permutation(k, data.index.shape[0]))(
+        jax.random.split(order_key(key, epoch), draws)
+      )
+
+      def unfinished(carry):
+        _, _, at, finite = carry
+        return (at < stop) & finite
+
+      def body(carry):
+        state, sums, at, _ = carry
+        rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
+        batch = jax.tree.map(lambda a: a[rows.reshape(-1)], data)
+        state, sums, finite = advance(state, sums, batch, key)
+        return state, sums, at + 1, finite
+
+      state, sums, _, finite = jax.lax.while_loop(
+        unfinished, body, (state, sums, start, jnp.bool_(True))
+      )
+      return state, sums, finite
+
+    if together:
+      steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
+    program = parallel.jit(steps, mesh, donate_argnums=(0, 1))
+    return lambda state, sums, *when: program(state, sums, self.batch, *when)
+
+
+def as_source(train: types.Batch | Source) -> Source:
+  """A split in memory as a source; every other source as it is."""
+  return Resident(train) if isinstance(train, types.Batch) else train
+
+
+# The constant that is folded into a run's key for the order of its data.
+DATA = 1
+
+
+def order_key(key: types.PRNGKey, epoch: Any) -> types.PRNGKey:
+  """The key of an epoch's order, from the run's."""
+  return jax.random.fold_in(jax.random.fold_in(key, DATA), epoch)
