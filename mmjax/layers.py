@@ -333,6 +333,11 @@ def _reverse_backward(scale, cotangent):
 reverse_gradient.defvjp(_reverse_forward, _reverse_backward)
 
 
+def prediction(scores: Array) -> Array:
+  """A head's scores [B, C] as "prediction": logits [B, C], or values [B] if there is one output."""
+  return scores[:, 0] if scores.shape[1] == 1 else scores
+
+
 def mean_over_steps(x: Array, valid: Array) -> Array:
   """[B, L, D] -> [B, D]: the sum of the valid steps over their number (0 if there is none)."""
   weight = valid.astype(x.dtype)

@@ -39,32 +39,29 @@ REGRESSION: Mapping[str, Elementwise] = {
 }
 
 
-def task_loss(num_classes: int = 0, regression: str = "mse") -> Elementwise:
-  """The loss of a task's prediction against its label.
+def task(prediction: Array, label: Array, regression: str = "mse") -> Array:
+  """The error of a task's prediction against its label.
 
   Args:
-    num_classes: 0 for regression, else the number of classes (softmax cross-entropy).
+    prediction: [B], or logits [B, C] for the softmax cross-entropy.
+    label: [B] float, or classes [B].
     regression: "mse" or "l1", as the system's authors chose.
 
   Returns:
-    `(prediction, label) -> [B]`: prediction [B] and label [B] float, or logits [B, C] and
-    int classes [B].
+    [B] elementwise.
 
   Raises:
     ValueError: on an unknown regression loss.
   """
   if regression not in REGRESSION:
     raise ValueError(f"regression is {regression!r}, expected one of {sorted(REGRESSION)}.")
-  if not num_classes:
-    return REGRESSION[regression]
-
-  def cross_entropy(prediction: Array, label: Array) -> Array:
-    chex.assert_shape(prediction, (None, num_classes))
-    return optax.losses.softmax_cross_entropy_with_integer_labels(
-      prediction, label.astype(jnp.int32)
-    )
-
-  return cross_entropy
+  chex.assert_rank(prediction, {1, 2})
+  if prediction.ndim == 1:
+    return REGRESSION[regression](prediction, label)
+  chex.assert_equal_shape_prefix([prediction, label], 1)
+  return optax.losses.softmax_cross_entropy_with_integer_labels(
+    prediction, label.astype(jnp.int32)
+  )
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -72,8 +69,8 @@ def masked_mean(values: Array, mask: Array) -> Array:
 
   Args:
     values: [...].
-    mask: weights or bools that broadcast against `values`, such as `batch.weight` against
-      [B], or `valid[..., None]` against [B, L, D].
+    mask: weights or bools that broadcast against `values`, such as `valid[..., None]` against
+      [B, L, D].
 
   Returns:
     [] sum(values · mask) / sum(mask).

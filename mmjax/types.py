@@ -272,7 +272,11 @@ class System(NamedTuple):
   init: Callable[[PRNGKey, Spec], tuple[Params, Extra]]
   predict: Callable[[Params, Batch, Extra], dict[str, Array]]
   phases: tuple[Phase, ...]
-  torch_rules: tuple[tuple[str, str | None], ...] = ()
+
+  @property
+  def loss(self) -> LossFn:
+    """The main loss, of the last phase."""
+    return self.phases[-1].loss
 
 
 class TrainState(NamedTuple):

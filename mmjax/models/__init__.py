@@ -1,5 +1,9 @@
 """The systems by name: `MODELS[name](**settings) -> System`."""
 
+import importlib
+from typing import Any
+
+from mmjax import registry, torch_import, types
 from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm, tetfn, tfr_net
 
 MODELS = {
@@ -13,3 +17,34 @@ MODELS = {
   "tetfn": tetfn.make,
   "tfr_net": tfr_net.make,
 }
+
+
+def settings(name: str) -> dict[str, Any]:
+  """The settings of a model with their defaults; none of an own one that takes `**settings`.
+
+  Args:
+    name: registered, or "package.module:attribute".
+  """
+  return registry.settings_of(registry.lookup("model", MODELS, name)) or {}
+
+
+def torch_rules(name: str, **changes: Any) -> torch_import.Rules:
+  """What the names in a model's published state_dict stand for.
+
+  They stand in the model's module: `TORCH_RULES`, or `torch_rules(settings)` where the names
+  depend on its settings.
+
+  Args:
+    name: registered, or "package.module:attribute".
+    **changes: settings that differ from the defaults.
+
+  Raises:
+    UsageError: if the module has none.
+  """
+  module = f"mmjax.models.{name}" if name in MODELS else name.partition(":")[0]
+  module, known = importlib.import_module(module), settings(name)
+  if hasattr(module, "torch_rules"):
+    return module.torch_rules({**known, **changes})
+  if hasattr(module, "TORCH_RULES"):
+    return module.TORCH_RULES
+  raise types.UsageError(f"model {name!r}: {module.__name__} has no TORCH_RULES to import with.")

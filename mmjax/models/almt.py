@@ -8,49 +8,63 @@ Paper: https://arxiv.org/abs/2310.05804. Parity: MMSA's implementation and its q
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import hyper_layers, layers, losses, masking, torch_import, types
+from mmjax import hyper_layers, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 
 
 class Almt(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network.
 
-  num_outputs: int
-  size: int
-  hidden_size: int
-  tokens: int
-  embedding_depth: int
-  embedding_heads: Mapping[str, int]
-  text_heads: int
-  hyper_depth: int
-  hyper_heads: int
-  fusion_hidden_size: int
-  fusion_depth: int
-  fusion_heads: int
-  bert: bert_lib.BertConfig
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    size: D, width of all tokens.
+    hidden_size: of the embeddings' hidden layers.
+    tokens: T, tokens that stand for a modality.
+    embedding_depth: blocks of each embedding.
+    embedding_heads: their heads, for all or by modality.
+    text_heads: heads of the text encoder.
+    hyper_depth: scales of the text, hence hyper-modality layers.
+    hyper_heads: their heads; they divide D.
+    fusion_hidden_size, fusion_depth, fusion_heads: of the fusion.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+  """
+
+  num_outputs: int = 1
+  size: int = 128
+  hidden_size: int = 128
+  tokens: int = 8
+  embedding_depth: int = 1
+  embedding_heads: Mapping[str, int] | int = 8
+  text_heads: int = 8
+  hyper_depth: int = 3
+  hyper_heads: int = 8
+  fusion_hidden_size: int = 128
+  fusion_depth: int = 2
+  fusion_heads: int = 8
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
-    states = bert_lib.text_states(self.bert, batch)
+    states = bert_lib.text_states(self.bert.config, batch)
     inputs = {
       "text": states,
       "audio": masking.observed(batch.audio),
       "vision": masking.observed(batch.vision),
     }
     out, kept = {"text_states": states}, {}
+    heads = self.embedding_heads
     for name, x in inputs.items():
       x = layers.Dense(self.size, name=f"project_{name}")(x)
       embed = hyper_layers.TokenTransformer(
         self.embedding_depth,
-        self.embedding_heads[name],
+        heads if isinstance(heads, int) else heads[name],
         self.hidden_size,
         self.tokens,
         name=f"embed_{name}",
@@ -72,86 +86,26 @@ class Almt(nn.Module):
     )(hyper, scales[-1])
     out["feature"] = out["fusion"][:, 0]
     scores = layers.Dense(self.num_outputs, name="head")(out["feature"])
-    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    out["prediction"] = layers.prediction(scores)
     return out
 
 
-def make(
-  *,
-  size: int = 128,
-  hidden_size: int = 128,
-  tokens: int = 8,
-  embedding_depth: int = 1,
-  embedding_heads: Mapping[str, int] | int = 8,
-  text_heads: int = 8,
-  hyper_depth: int = 3,
-  hyper_heads: int = 8,
-  fusion_hidden_size: int = 128,
-  fusion_depth: int = 2,
-  fusion_heads: int = 8,
-  bert: Mapping[str, Any] | None = None,
-) -> types.System:
-  """ALMT as a system; the defaults are MMSA's for MOSI.
-
-  Args:
-    size: D, width of all tokens.
-    hidden_size: of the embeddings' hidden layers.
-    tokens: T, tokens that stand for a modality.
-    embedding_depth: blocks of each embedding.
-    embedding_heads: their heads, for all or by modality.
-    text_heads: heads of the text encoder.
-    hyper_depth: scales of the text, hence hyper-modality layers.
-    hyper_heads: their heads; they divide D.
-    fusion_hidden_size, fusion_depth, fusion_heads: of the fusion.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+@systems.configurable(Almt)
+def make(network: Almt) -> types.System:
+  """ALMT as a system; the settings are `Almt`'s, the defaults MMSA's for MOSI.
 
   Returns:
     The system. Its one phase, "main", logs the part mse (the task's loss).
   """
-  encoder = bert_lib.setup(bert)
-  if size % hyper_heads:
-    raise ValueError(f"size is {size}, but must be divisible by hyper_heads {hyper_heads}.")
-  if isinstance(embedding_heads, int):
-    embedding_heads = dict.fromkeys(types.MODALITIES, embedding_heads)
+  size, heads = network.size, network.hyper_heads
+  if size % heads:
+    raise ValueError(f"size is {size}, but must be divisible by hyper_heads {heads}.")
 
-  def network(num_outputs):
-    return Almt(
-      num_outputs,
-      size,
-      hidden_size,
-      tokens,
-      embedding_depth,
-      dict(embedding_heads),
-      text_heads,
-      hyper_depth,
-      hyper_heads,
-      fusion_hidden_size,
-      fusion_depth,
-      fusion_heads,
-      encoder.config,
-    )
-
-  def apply(params, batch, key=None):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["head"]["bias"].shape[0]
-    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
-
-  def init(key, spec):
-    module = network(spec.num_classes or 1)
-    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
-    return encoder.with_weights(params), {}
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def loss(params, batch, key, extra):
-    prediction = apply(params, batch, key)["prediction"]
-    task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1])
-    value = task(prediction, batch.label).mean()
+  def loss(out, batch, extra):
+    value = losses.task(out["prediction"], batch.label).mean()
     return value, types.Aux({"mse": value}, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss, hessian="symmetric"),), TORCH_RULES)
+  return systems.supervised(network, loss, head="head", hessian="symmetric")
 
 
 def _embedding_rules(name: str, letter: str) -> torch_import.Rules:

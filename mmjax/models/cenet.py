@@ -6,15 +6,12 @@ and the answers shift its state. BERT's other layers and a small head on [CLS] f
 Paper: https://doi.org/10.1109/TMM.2022.3183830. Parity: MMSA's implementation and its quirks.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, losses, masking, types
+from mmjax import layers, losses, masking, systems, types
 
 Array = types.Array
 SHARPNESS = 8.0  # of the attention, in place of 1 / √d
@@ -40,12 +37,23 @@ class Enhancement(nn.Module):
 
 
 class Cenet(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network.
 
-  num_outputs: int
-  feature_layers: int
-  dropout: float
-  bert: bert_lib.BertConfig
+  The published model reads tokens only. Precomputed text states take the place of the first
+  BERT layer's output here, and a few blocks that of the others (our choice).
+
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    dropout: of the head.
+    feature_layers: Transformer blocks over precomputed text states.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+      Its embeddings are not trained, as published.
+  """
+
+  num_outputs: int = 1
+  dropout: float = 0.1
+  feature_layers: int = 1
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
@@ -58,7 +66,7 @@ class Cenet(nn.Module):
       return shifted
 
     if x.ndim == 2:
-      states = bert_lib.Bert(self.bert, inject, train_embeddings=False, name="bert")(
+      states = bert_lib.Bert(self.bert.config, inject, train_embeddings=False, name="bert")(
         x, batch.text.valid, batch.info.get("segment_ids")
       )
     else:  # precomputed states: blocks of their width follow the enhancement
@@ -69,58 +77,25 @@ class Cenet(nn.Module):
     hidden = jnp.tanh(layers.Dense(hidden.shape[-1], name="head_1")(hidden))
     hidden = layers.Dropout(self.dropout)(hidden)
     scores = layers.Dense(self.num_outputs, name="head_2")(hidden)
-    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    out["prediction"] = layers.prediction(scores)
     return out
 
 
-def make(
-  *,
-  dropout: float = 0.1,
-  feature_layers: int = 1,
-  bert: Mapping[str, Any] | None = None,
-) -> types.System:
-  """CENET as a system; the defaults are MMSA's.
-
-  The published model reads tokens only. Precomputed text states take the place of the first
-  BERT layer's output here, and a few blocks that of the others (our choice).
-
-  Args:
-    dropout: of the head.
-    feature_layers: Transformer blocks over precomputed text states.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
-      Its embeddings are not trained, as published.
+@systems.configurable(Cenet)
+def make(network: Cenet) -> types.System:
+  """CENET as a system; the settings are `Cenet`'s, the defaults MMSA's.
 
   Returns:
     The system. Its one phase, "main", logs the part l1 (the task's loss).
   """
-  encoder = bert_lib.setup(bert)
-  if encoder.config.num_hidden_layers < 2:
+  if network.bert.config.num_hidden_layers < 2:
     raise ValueError("CENET needs a BERT of at least 2 layers: it works after the first.")
 
-  def network(num_outputs):
-    return Cenet(num_outputs, feature_layers, dropout, encoder.config)
-
-  def apply(params, batch, key=None):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["head_2"]["bias"].shape[0]
-    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
-
-  def init(key, spec):
-    module = network(spec.num_classes or 1)
-    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
-    return encoder.with_weights(params), {}
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def loss(params, batch, key, extra):
-    prediction = apply(params, batch, key)["prediction"]
-    task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1], "l1")
-    value = task(prediction, batch.label).mean()
+  def loss(out, batch, extra):
+    value = losses.task(out["prediction"], batch.label, "l1").mean()
     return value, types.Aux({"l1": value}, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss, hessian="symmetric"),), TORCH_RULES)
+  return systems.supervised(network, loss, head="head_2", hessian="symmetric")
 
 
 _ROLES = {"Wq": "query", "Wk": "key", "Wv": "value"}

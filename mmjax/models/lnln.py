@@ -6,11 +6,10 @@ behind a gradient reversal makes the result look like complete text. ALMT's hype
 learning follows (DMML), and a reconstructor restores the complete tokens of each modality.
 
 Paper: https://arxiv.org/abs/2409.20012. Parity: the authors' code; where it differs from the
-paper's equations, a setting of `make` offers the paper's.
+paper's equations, a setting of `Lnln` offers the paper's.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from mmjax import bert as bert_lib
-from mmjax import hyper_layers, layers, losses, masking, torch_import, types
+from mmjax import hyper_layers, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 ORDER = ("audio", "vision", "text")  # of the reconstructed tokens
@@ -26,13 +25,6 @@ ORDER = ("audio", "vision", "text")  # of the reconstructed tokens
 PARTS = ("embedding", "proxy", "completeness", "reconstructor", "text", "fusion")
 REVERSALS = ("proxy", "discriminator")
 PROXIES = ("generator", "learned")
-
-
-class Shape(dict):
-  """{part: number}; hashable, as linen wants its attributes."""
-
-  def __hash__(self):
-    return hash(tuple(sorted(self.items())))
 
 
 class Embedding(nn.Module):
@@ -66,23 +58,42 @@ def _mlp(x: Array, hidden: int, size: int, name: str) -> Array:
 
 
 class Lnln(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network.
 
-  num_outputs: int
-  size: int
-  tokens: int
-  discriminator_size: int
-  depth: Shape
-  heads: Shape
-  hidden_size: Shape
-  hyper_depth: int
-  hyper_heads: int
-  correction: bool
-  hyper_learning: bool
-  reconstruction: bool
-  reversal: str
-  proxy: str
-  bert: bert_lib.BertConfig
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    size: D, width of all tokens.
+    tokens: T, tokens that stand for a modality.
+    discriminator_size: hidden width of the effectiveness discriminator.
+    depth, heads, hidden_size: of the transformers, for all or by part (`PARTS`).
+    hyper_depth: scales of the text, hence hyper-modality layers; the text has one block less.
+    hyper_heads: heads of the hyper-modality layers; they divide D.
+    correction: False leaves out DMC (Table 4): the text is taken as it is.
+    hyper_learning: False leaves out DMML: the mean of all tokens is what the head reads.
+    reconstruction: False leaves out the reconstructor.
+    reversal: where the gradient is reversed. "proxy" is the code's: every loss reaches the
+      proxy's generator with its sign flipped, the sentiment's too. "discriminator" is the
+      paper's (eq. 6): only the discriminator's loss is.
+    proxy: which tokens are the proxy: the "generator"'s own (the code's) or the "learned" ones
+      that it reads (the paper's H_p, eq. 4).
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+  """
+
+  num_outputs: int = 1
+  size: int = 128
+  tokens: int = 8
+  discriminator_size: int = 64
+  depth: int | Mapping[str, int] = 2
+  heads: int | Mapping[str, int] = 8
+  hidden_size: int | Mapping[str, int] = 128
+  hyper_depth: int = 3
+  hyper_heads: int = 8
+  correction: bool = True
+  hyper_learning: bool = True
+  reconstruction: bool = True
+  reversal: str = "proxy"
+  proxy: str = "generator"
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch, train: bool) -> dict[str, Array]:
@@ -90,10 +101,8 @@ class Lnln(nn.Module):
     embedding = Embedding(
       self.size,
       self.tokens,
-      self.depth["embedding"],
-      self.heads["embedding"],
-      self.hidden_size["embedding"],
-      self.bert,
+      *self._shape("embedding"),
+      self.bert.config,
       name="embedding",
     )
     out = embedding(batch)
@@ -104,7 +113,7 @@ class Lnln(nn.Module):
       text = out["corrected"]
     out |= self._fuse(text, out)
     scores = layers.Dense(self.num_outputs, name="head")(out["feature"])
-    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    out["prediction"] = layers.prediction(scores)
     if train:
       out |= {f"{name}_complete": value for name, value in complete.items()}
     if train and self.reconstruction:
@@ -119,13 +128,15 @@ class Lnln(nn.Module):
       out["effectiveness"] = _mlp(shown, self.discriminator_size, 2, "discriminator")
     return out
 
+  def _shape(self, part: str) -> tuple[int, int, int]:
+    """Depth, heads and hidden size of a transformer."""
+    shape = (self.depth, self.heads, self.hidden_size)
+    depth, heads, hidden = (n if isinstance(n, int) else n[part] for n in shape)
+    return self.hyper_depth - 1 if part == "text" else depth, heads, hidden
+
   def _transformer(self, part, name=None, tokens=0):
     return hyper_layers.TokenTransformer(
-      self.depth[part],
-      self.heads[part],
-      self.hidden_size[part],
-      tokens,
-      name=part if name is None else f"{part}_{name}",
+      *self._shape(part), tokens, name=part if name is None else f"{part}_{name}"
     )
 
   def _correct(self, seen: Mapping[str, Array]) -> dict[str, Array]:
@@ -160,9 +171,8 @@ class Lnln(nn.Module):
     for n in range(self.hyper_depth):
       layer = hyper_layers.HyperLearning(self.hyper_heads, name=f"hyper_{n}")
       hyper = layer(scales[n], seen["audio"], seen["vision"], hyper)
-    fused = hyper_layers.CrossTransformer(
-      self.depth["fusion"], self.heads["fusion"], self.hidden_size["fusion"], name="fusion"
-    )(hyper, scales[-1])
+    fuse = hyper_layers.CrossTransformer(*self._shape("fusion"), name="fusion")
+    fused = fuse(hyper, scales[-1])
     texts = {f"text_{n}": scale for n, scale in enumerate(scales)}
     return {**texts, "hyper": hyper, "fused": fused, "feature": fused[:, 1:].mean(1)}
 
@@ -181,115 +191,49 @@ def completeness(batch: types.Batch) -> Array:
   return jnp.where(m.valid, seen, 0).sum(1) / jnp.maximum(m.valid.sum(1), 1)
 
 
+@systems.configurable(Lnln)
 def make(
+  network: Lnln,
   *,
-  size: int = 128,
-  tokens: int = 8,
-  discriminator_size: int = 64,
-  depth: int | Mapping[str, int] = 2,
-  heads: int | Mapping[str, int] = 8,
-  hidden_size: int | Mapping[str, int] = 128,
-  hyper_depth: int = 3,
-  hyper_heads: int = 8,
   completeness_weight: float = 0.9,
   adversarial_weight: float = 0.8,
   reconstruction_weight: float = 0.1,
   task_weight: float = 1.0,
-  correction: bool = True,
-  hyper_learning: bool = True,
-  reconstruction: bool = True,
-  reversal: str = "proxy",
-  proxy: str = "generator",
-  bert: Mapping[str, Any] | None = None,
 ) -> types.System:
   """LNLN as a system; the defaults are the authors' for MOSI and MOSEI.
 
   Args:
-    size: D, width of all tokens.
-    tokens: T, tokens that stand for a modality.
-    discriminator_size: hidden width of the effectiveness discriminator.
-    depth, heads, hidden_size: of the transformers, for all or by part (`PARTS`).
-    hyper_depth: scales of the text, hence hyper-modality layers; the text has one block less.
-    hyper_heads: heads of the hyper-modality layers; they divide D.
+    network: settings of `Lnln`.
     completeness_weight, adversarial_weight, reconstruction_weight, task_weight: α, β, γ, σ.
-    correction: False leaves out DMC (Table 4): the text is taken as it is.
-    hyper_learning: False leaves out DMML: the mean of all tokens is what the head reads.
-    reconstruction: False leaves out the reconstructor.
-    reversal: where the gradient is reversed. "proxy" is the code's: every loss reaches the
-      proxy's generator with its sign flipped, the sentiment's too. "discriminator" is the
-      paper's (eq. 6): only the discriminator's loss is.
-    proxy: which tokens are the proxy: the "generator"'s own (the code's) or the "learned" ones
-      that it reads (the paper's H_p, eq. 4).
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
 
   Returns:
     The system. Its one phase, "main", logs the parts l_sp, l_cc, l_adv and l_rec.
   """
-  encoder = bert_lib.setup(bert)
-  for name, value, known in (("reversal", reversal, REVERSALS), ("proxy", proxy, PROXIES)):
-    if value not in known:
-      raise ValueError(f"{name} is {value!r}, expected one of {known}.")
-  if size % hyper_heads:
-    raise ValueError(f"size is {size}, but must be divisible by hyper_heads {hyper_heads}.")
+  for name, known in (("reversal", REVERSALS), ("proxy", PROXIES)):
+    if getattr(network, name) not in known:
+      raise ValueError(f"{name} is {getattr(network, name)!r}, expected one of {known}.")
+  size, heads = network.size, network.hyper_heads
+  if size % heads:
+    raise ValueError(f"size is {size}, but must be divisible by hyper_heads {heads}.")
+  for shape in (network.depth, network.heads, network.hidden_size):
+    if not isinstance(shape, int) and shape.keys() != set(PARTS):
+      raise ValueError(f"parts are {sorted(shape)}, expected {sorted(PARTS)}.")
 
-  def by_part(value, **changes):
-    value = dict.fromkeys(PARTS, value) if isinstance(value, int) else dict(value)
-    if value.keys() != set(PARTS):
-      raise ValueError(f"parts are {sorted(value)}, expected {sorted(PARTS)}.")
-    return Shape({**value, **changes})
-
-  def network(num_outputs):
-    return Lnln(
-      num_outputs,
-      size,
-      tokens,
-      discriminator_size,
-      by_part(depth, text=hyper_depth - 1),
-      by_part(heads),
-      by_part(hidden_size),
-      hyper_depth,
-      hyper_heads,
-      correction,
-      hyper_learning,
-      reconstruction,
-      reversal,
-      proxy,
-      encoder.config,
-    )
-
-  def apply(params, batch, key=None, train=False):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["head"]["bias"].shape[0]
-    return network(num_outputs).apply({"params": params}, batch, train, rngs=rngs)
-
-  def init(key, spec):
-    module = network(spec.num_classes or 1)
-    start = jax.jit(lambda key: module.init(key, types.example_batch(spec), True))
-    params = start(key)["params"]
-    return {**params, "embedding": encoder.with_weights(params["embedding"])}, {}
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def loss(params, batch, key, extra):
-    out = apply(params, batch, key, train=True)
-    prediction = out["prediction"]
-    task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1])
-    parts = {"l_sp": task(prediction, batch.label).mean()}
+  def loss(out, batch, extra):
+    parts = {"l_sp": losses.task(out["prediction"], batch.label).mean()}
     total = task_weight * parts["l_sp"]
-    if correction:
+    if network.correction:
       error = optax.losses.squared_error(out["w"][:, 0], completeness(batch))
       real = jnp.repeat(jnp.array([1, 0]), len(out["effectiveness"]) // 2)
       judged = optax.losses.softmax_cross_entropy_with_integer_labels(out["effectiveness"], real)
       parts |= {"l_cc": error.mean(), "l_adv": judged.mean()}
       total += completeness_weight * parts["l_cc"] + adversarial_weight * parts["l_adv"]
-    if reconstruction:  # the target is not detached, as published
+    if network.reconstruction:  # the target is not detached, as published
       parts["l_rec"] = losses.reconstruction(out["reconstructed"], out["complete"])
       total += reconstruction_weight * parts["l_rec"]
     return total, types.Aux(parts, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss),), TORCH_RULES)
+  return systems.supervised(network, loss, head="head")
 
 
 def _embedding_rules(name: str, letter: str) -> torch_import.Rules:

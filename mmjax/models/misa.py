@@ -9,19 +9,18 @@ together restore the utterance vector (reconstruction).
 Paper: https://arxiv.org/abs/2005.03545. Parity: MMSA's implementation and its quirks.
 """
 
-from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, losses, masking, torch_import, types
+from mmjax import layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 FUSION_HEADS = 2
+PACKS = ("text", "own")
 
 
 class Misa(nn.Module):
@@ -30,20 +29,21 @@ class Misa(nn.Module):
   Attributes:
     num_outputs: 1 for regression, else the number of classes.
     hidden_size: H, width of the utterance vectors and subspaces.
-    dropout: before the head's activation.
-    bert: encodes token ids; unused with precomputed text features.
-    pack: whose lengths pack audio and vision: "text" or "own".
+    dropout: of the fusion head, before its activation.
+    pack: lengths that pack audio and vision. "text" is the published code's: steps beyond
+      the text's length are never read, for unaligned data too. "own" reads all valid steps.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
   """
 
-  num_outputs: int
-  hidden_size: int
-  dropout: float
-  bert: bert_lib.BertConfig
-  pack: str
+  num_outputs: int = 1
+  hidden_size: int = 128
+  dropout: float = 0.2
+  pack: str = "text"
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
-    states = bert_lib.text_states(self.bert, batch)  # [B, L, D]
+    states = bert_lib.text_states(self.bert.config, batch)  # [B, L, D]
     utterance = {
       "t": layers.mean_over_steps(states, batch.text.valid),
       "v": self._two_lstms(batch.vision, batch.text.valid, "v"),
@@ -76,7 +76,7 @@ class Misa(nn.Module):
     hidden = layers.Dense(3 * self.hidden_size, name="fusion_1")(out["feature"])
     hidden = jax.nn.relu(layers.Dropout(self.dropout)(hidden))
     scores = layers.Dense(self.num_outputs, name="fusion_2")(hidden)
-    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    out["prediction"] = layers.prediction(scores)
     return out
 
   def _two_lstms(self, m: types.Modality, text_valid: Array, name: str) -> Array:
@@ -92,64 +92,35 @@ class Misa(nn.Module):
     return jnp.concatenate([first[0], second[0], first[1], second[1]], -1)
 
 
+@systems.configurable(Misa)
 def make(
-  *,
-  hidden_size: int = 128,
-  dropout: float = 0.2,
-  diff_weight: float = 0.1,
-  sim_weight: float = 0.3,
-  recon_weight: float = 1.0,
-  pack: str = "text",
-  bert: Mapping[str, Any] | None = None,
+  network: Misa, *, diff_weight: float = 0.1, sim_weight: float = 0.3, recon_weight: float = 1.0
 ) -> types.System:
   """MISA as a system; the defaults are MMSA's for MOSI.
 
   Args:
-    hidden_size: H.
-    dropout: of the fusion head.
+    network: settings of `Misa`.
     diff_weight: of DiffLoss.
     sim_weight: of CMD.
     recon_weight: of the reconstruction.
-    pack: lengths that pack audio and vision. "text" is the published code's: steps beyond
-      the text's length are never read, for unaligned data too. "own" reads all valid steps.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
 
   Returns:
     The system. Its one phase, "main", logs the parts cls, diff, cmd and recon.
   """
-  if pack not in ("text", "own"):
-    raise ValueError(f"pack is {pack!r}, expected 'text' or 'own'.")
-  if hidden_size % FUSION_HEADS:
-    raise ValueError(f"hidden_size is {hidden_size}, but must be divisible by {FUSION_HEADS}.")
-  encoder = bert_lib.setup(bert)
+  if network.pack not in PACKS:
+    raise ValueError(f"pack is {network.pack!r}, expected one of {PACKS}.")
+  if network.hidden_size % FUSION_HEADS:
+    raise ValueError(
+      f"hidden_size is {network.hidden_size}, but must be divisible by {FUSION_HEADS}."
+    )
 
-  def network(num_outputs):
-    return Misa(num_outputs, hidden_size, dropout, encoder.config, pack)
-
-  def apply(params, batch, key=None):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["fusion_2"]["bias"].shape[0]  # the spec's, as `init` saw it
-    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
-
-  def init(key, spec):
-    module = network(spec.num_classes or 1)
-    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
-    return encoder.with_weights(params), {}
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def loss(params, batch, key, extra):
-    out = apply(params, batch, key)
+  def loss(out, batch, extra):
     private = {m: out[f"utt_private_{m}"] for m in "tva"}
     shared = {m: out[f"utt_shared_{m}"] for m in "tva"}
     pairs = [(private[m], shared[m]) for m in "tva"]
     pairs += [(private[m], private[n]) for m, n in combinations("atv", 2)]
-    prediction = out["prediction"]
-    task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1])
     parts = {
-      "cls": task(prediction, batch.label).mean(),
+      "cls": losses.task(out["prediction"], batch.label).mean(),
       "diff": sum(losses.difference(x, y) for x, y in pairs),
       "cmd": sum(losses.cmd(shared[m], shared[n]) for m, n in combinations("tva", 2)) / 3,
       "recon": sum(
@@ -165,7 +136,7 @@ def make(
     )
     return total, types.Aux(parts, extra)
 
-  return types.System(init, predict, (types.Phase("main", loss, hessian="symmetric"),), TORCH_RULES)
+  return systems.supervised(network, loss, head="fusion_2", hessian="symmetric")
 
 
 TORCH_RULES = (

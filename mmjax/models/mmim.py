@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, losses, masking, torch_import, types
+from mmjax import layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 PAIRS = {"tv": "vision", "ta": "audio"}  # text with vision, text with audio
@@ -99,19 +99,30 @@ class Gaussian(nn.Module):
 
 
 class Mmim(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network.
 
-  num_outputs: int
-  lstm_sizes: Sequence[int]
-  out_sizes: Sequence[int]
-  hidden_size: int
-  dropout: float
-  bert: bert_lib.BertConfig
-  pooling: str
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    lstm_sizes: width of the audio and the vision LSTM, per direction.
+    out_sizes: width of the audio and the vision vector.
+    hidden_size: width of the fusion.
+    dropout: of the fusion's input.
+    pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
+      of the states. With precomputed states [CLS] has read words that are missing now.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+  """
+
+  num_outputs: int = 1
+  lstm_sizes: Sequence[int] = (16, 16)
+  out_sizes: Sequence[int] = (16, 16)
+  hidden_size: int = 128
+  dropout: float = 0.1
+  pooling: str = "first"
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
-    states = bert_lib.text_states(self.bert, batch)  # [B, L, D]
+    states = bert_lib.text_states(self.bert.config, batch)  # [B, L, D]
     utterance = {"text": layers.pool(states, batch.text.valid, self.pooling)}
     for n, name in enumerate(("audio", "vision")):
       encoder = Encoder(self.lstm_sizes[n], self.out_sizes[n], name=f"{name}_encoder")
@@ -128,7 +139,7 @@ class Mmim(nn.Module):
     for name, vector in utterance.items():
       out[f"predicted_{name}"] = layers.Dense(vector.shape[-1], name=f"cpc_{name}")(hidden)
     scores = layers.Dense(self.num_outputs, name="fusion_3")(hidden)
-    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    out["prediction"] = layers.prediction(scores)
     return out
 
 
@@ -176,92 +187,74 @@ def entropy(
   return total, now
 
 
+def make_memory(network: Mmim, memory_size: int) -> dict[str, Any]:
+  """`extra` before training: the moments of no batch."""
+  audio, vision = network.out_sizes
+  slots = {
+    pair: Memory(
+      jnp.zeros((memory_size, 2)),
+      jnp.zeros((memory_size, 2, size // 4)),
+      jnp.zeros((memory_size, 2, size // 4, size // 4)),
+    )
+    for pair, size in zip(PAIRS, (vision, audio), strict=True)
+  }
+  return {"batches": jnp.int32(0), "memory": slots}
+
+
+def forget(params, extra, epoch, train):
+  """`on_epoch`: each epoch starts with an empty memory."""
+  del epoch, train
+  return params, jax.tree.map(jnp.zeros_like, extra)
+
+
+@systems.configurable(Mmim)
 def make(
+  network: Mmim,
   *,
-  lstm_sizes: Sequence[int] = (16, 16),
-  out_sizes: Sequence[int] = (16, 16),
-  hidden_size: int = 128,
-  dropout: float = 0.1,
   contrast_weight: float = 0.1,
   mi_weight: float = 0.1,
   memory_size: int = 1,
   mi_share: float = 1.0,
-  pooling: str = "first",
-  bert: Mapping[str, Any] | None = None,
 ) -> types.System:
   """MMIM as a system; the defaults are MMSA's for MOSI.
 
   Labels that are classes have no polarity: the entropy is left out then (our choice).
 
   Args:
-    lstm_sizes: width of the audio and the vision LSTM, per direction.
-    out_sizes: width of the audio and the vision vector.
-    hidden_size: width of the fusion.
-    dropout: of the fusion's input.
+    network: settings of `Mmim`.
     contrast_weight: α, of the contrastive loss.
     mi_weight: β, of the mutual information bound.
     memory_size: M, batches whose samples join the entropy's estimate.
     mi_share: part of the epoch that phase "mi" runs; MMSA has 0.5 for MOSEI.
-    pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
-      of the states. With precomputed states [CLS] has read words that are missing now.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
 
   Returns:
     The system. Phase "mi" logs nothing but its loss; "main" logs y, nce, lld and H.
   """
-  layers.check_pooling(pooling)
-  encoder = bert_lib.setup(bert)
-  sizes = (tuple(lstm_sizes), tuple(out_sizes))
+  layers.check_pooling(network.pooling)
   if memory_size < 1:
     raise ValueError(f"memory_size is {memory_size}, expected at least 1.")
-  if min(sizes[1]) < 4:
-    raise ValueError(f"out_sizes are {sizes[1]}, expected at least 4: their quarter is projected.")
-
-  def network(num_outputs):
-    return Mmim(num_outputs, *sizes, hidden_size, dropout, encoder.config, pooling)
-
-  def apply(params, batch, key=None):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["fusion_3"]["bias"].shape[0]
-    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
+  if min(network.out_sizes) < 4:
+    raise ValueError(
+      f"out_sizes are {network.out_sizes}, expected at least 4: their quarter is projected."
+    )
+  model = systems.functional(network, head="fusion_3")
 
   def init(key, spec):
-    module = network(spec.num_classes or 1)
+    params = xavier_normal(jax.random.fold_in(key, 1), model.init(key, spec)[0])
+    return params, {} if spec.num_classes else make_memory(network, memory_size)
 
-    @jax.jit
-    def init_params(key):
-      params = module.init(key, types.example_batch(spec))["params"]
-      return xavier_normal(jax.random.fold_in(key, 1), params)
+  def mi_loss(out, batch, extra):
+    del batch
+    return -log_likelihood(out), types.Aux({}, extra)
 
-    slots = {
-      pair: Memory(
-        jnp.zeros((memory_size, 2)),
-        jnp.zeros((memory_size, 2, size // 4)),
-        jnp.zeros((memory_size, 2, size // 4, size // 4)),
-      )
-      for pair, size in zip(PAIRS, (out_sizes[1], out_sizes[0]), strict=True)
-    }
-    extra = {"batches": jnp.int32(0), "memory": slots}
-    return encoder.with_weights(init_params(key)), {} if spec.num_classes else extra
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def mi_loss(params, batch, key, extra):
-    return -log_likelihood(apply(params, batch, key)), types.Aux({}, extra)
-
-  def main_loss(params, batch, key, extra):
-    out = apply(params, batch, key)
-    classes = 0 if out["prediction"].ndim == 1 else out["prediction"].shape[1]
-    task = losses.task_loss(classes, "l1")
+  def main_loss(out, batch, extra):
     parts = {
-      "y": task(out["prediction"], batch.label).mean(),
+      "y": losses.task(out["prediction"], batch.label, "l1").mean(),
       "nce": contrast(out),
       "lld": log_likelihood(out),
     }
     total = parts["y"] + contrast_weight * parts["nce"] - mi_weight * parts["lld"]
-    if classes:
+    if out["prediction"].ndim == 2:  # classes
       return total, types.Aux(parts, extra)
     batches, memory = extra["batches"], extra["memory"]
     value, now = entropy(out, batch.label, memory)
@@ -270,18 +263,16 @@ def make(
     extra = {"batches": batches + 1, "memory": memory}
     return total - mi_weight * parts["H"], types.Aux(parts, extra)
 
-  def empty_memory(params, extra, epoch, train):  # each epoch starts with an empty one
-    del epoch, train
-    return params, jax.tree.map(jnp.zeros_like, extra)
-
+  # entropy_projection has no gradient in "mi": the published optimizer never moves it
+  mi, main = model.loss(mi_loss), model.loss(main_loss)
   phases = (
-    # entropy_projection has no gradient here: the published optimizer never moves it
-    types.Phase("mi", mi_loss, trains=r"^mi_\w+/(mu|logvar)", share=mi_share, hessian="symmetric"),
-    types.Phase("main", main_loss, trains=r"^(?!mi_)", on_epoch=empty_memory, hessian="symmetric"),
+    types.Phase("mi", mi, trains=r"^mi_\w+/(mu|logvar)", share=mi_share, hessian="symmetric"),
+    types.Phase("main", main, trains=r"^(?!mi_)", on_epoch=forget, hessian="symmetric"),
   )
-  return types.System(init, predict, phases, TORCH_RULES)
+  return types.System(init, model.predict, phases)
 
 
+@jax.jit
 def xavier_normal(key: types.PRNGKey, params: types.Params) -> types.Params:
   """Draws every matrix outside of BERT from N(0, 2 / (rows + columns)), as the trainer does."""
   rest = {name: value for name, value in params.items() if name != "bert"}

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, losses, masking, torch_import, types
+from mmjax import layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 ORDER = ("audio", "text", "vision")  # of the concatenated embeddings
@@ -71,14 +71,14 @@ class Encoders(nn.Module):
 
   sizes: Sequence[int]
   pooling: str
-  bert: bert_lib.BertConfig
+  bert: bert_lib.Setup
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
     audio, text, vision = self.sizes
     return {
       "audio": SequenceEncoder(audio, self.pooling, name="audio")(masking.observed(batch.audio)),
-      "text": TextCNN(text, name="text")(bert_lib.text_states(self.bert, batch)),
+      "text": TextCNN(text, name="text")(bert_lib.text_states(self.bert.config, batch)),
       "vision": SequenceEncoder(vision, self.pooling, name="vision")(
         masking.observed(batch.vision)
       ),
@@ -134,63 +134,31 @@ def concatenate(embeddings: Mapping[str, Array]) -> Array:
 
 
 class Teacher(nn.Module):
-  """Embeddings of complete data and a classifier on them."""
+  """Embeddings of complete data and a classifier on them; the attributes are the student's."""
 
-  encoders: Encoders
-  classifier: Classifier
+  num_outputs: int
+  embedding_sizes: Sequence[int]
+  pooling: str
+  classifier_sizes: Sequence[int]
+  dropout: float
+  bert: bert_lib.Setup
 
-  def __call__(self, batch: types.Batch, train: bool = False) -> dict[str, Array]:
-    embedding = concatenate(self.encoders(batch))
-    scores = self.classifier(embedding, train)
-    return {"embedding": embedding, "feature": embedding, "scores": scores}
+  @nn.compact
+  def __call__(self, batch: types.Batch) -> dict[str, Array]:
+    encode = Encoders(self.embedding_sizes, self.pooling, self.bert, name="encoders")
+    embedding = concatenate(encode(batch))
+    classify = Classifier(
+      self.classifier_sizes, self.num_outputs, self.dropout, batch_norm=False, name="classifier"
+    )
+    prediction = layers.prediction(classify(embedding))
+    return {"embedding": embedding, "feature": embedding, "prediction": prediction}
 
 
 class Student(nn.Module):
-  """Encoders of what is observed, imagination forth and back, and a classifier."""
+  """Encoders of what is observed, imagination forth and back, and a classifier.
 
-  encoders: Encoders
-  imagine: ResidualAutoencoder
-  cycle: ResidualAutoencoder | None
-  classifier: Classifier
-
-  def __call__(self, batch: types.Batch, train: bool = False) -> dict[str, Array]:
-    parts = self.encoders(batch)
-    embedding = concatenate(parts)
-    imagined, latent = self.imagine(embedding)
-    restored, latent_cycle = (self.cycle or self.imagine)(imagined)
-    return {
-      **{f"utt_{name}": part for name, part in parts.items()},
-      "embedding": embedding,
-      "imagined": imagined,
-      "latent": latent,
-      "feature": latent,
-      "restored": restored,
-      "latent_cycle": latent_cycle,
-      "scores": self.classifier(latent, train),
-    }
-
-
-def make(
-  *,
-  embedding_sizes: Sequence[int] = (128, 128, 128),
-  pooling: str = "maxpool",
-  autoencoder_sizes: Sequence[int] = (256, 128, 64),
-  blocks: int = 5,
-  classifier_sizes: Sequence[int] = (128, 128),
-  dropout: float = 0.5,
-  batch_norm: bool = False,
-  share_weight: bool = False,
-  task_weight: float = 1.0,
-  imagination_weight: float = 4.0,
-  cycle_weight: float = 2.0,
-  teacher_epochs: int = 20,
-  bert: Mapping[str, Any] | None = None,
-) -> types.System:
-  """MMIN as a system; the defaults are the authors' for IEMOCAP.
-
-  Regression, which the authors do not have, is trained by the squared error.
-
-  Args:
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
     embedding_sizes: E of audio, text and vision.
     pooling: of audio and vision over time: "maxpool", "last" or "attention" (the sum).
     autoencoder_sizes: widths of an autoencoder's encoder; the last is the latent's.
@@ -199,73 +167,93 @@ def make(
     dropout: of the classifiers.
     batch_norm: whether the student's classifier normalizes; its statistics are in `extra`.
     share_weight: whether the cycle's cascade is the imagination's.
+    bert: for text as token ids, see `bert.setup`; teacher and student have one each.
+  """
+
+  num_outputs: int = 1
+  embedding_sizes: Sequence[int] = (128, 128, 128)
+  pooling: str = "maxpool"
+  autoencoder_sizes: Sequence[int] = (256, 128, 64)
+  blocks: int = 5
+  classifier_sizes: Sequence[int] = (128, 128)
+  dropout: float = 0.5
+  batch_norm: bool = False
+  share_weight: bool = False
+  bert: bert_lib.Setup = bert_lib.setup(None)
+
+  @nn.compact
+  def __call__(self, batch: types.Batch, train: bool) -> dict[str, Array]:
+    parts = Encoders(self.embedding_sizes, self.pooling, self.bert, name="encoders")(batch)
+    embedding = concatenate(parts)
+    imagine = cycle = ResidualAutoencoder(self.autoencoder_sizes, self.blocks, name="imagine")
+    if not self.share_weight:
+      cycle = ResidualAutoencoder(self.autoencoder_sizes, self.blocks, name="cycle")
+    imagined, latent = imagine(embedding)
+    restored, latent_cycle = cycle(imagined)
+    classify = Classifier(
+      self.classifier_sizes, self.num_outputs, self.dropout, self.batch_norm, name="classifier"
+    )
+    return {
+      **{f"utt_{name}": part for name, part in parts.items()},
+      "embedding": embedding,
+      "imagined": imagined,
+      "latent": latent,
+      "feature": latent,
+      "restored": restored,
+      "latent_cycle": latent_cycle,
+      "prediction": layers.prediction(classify(latent, train)),
+    }
+
+
+@systems.configurable(Student)
+def make(
+  network: Student,
+  *,
+  task_weight: float = 1.0,
+  imagination_weight: float = 4.0,
+  cycle_weight: float = 2.0,
+  teacher_epochs: int = 20,
+) -> types.System:
+  """MMIN as a system; the defaults are the authors' for IEMOCAP.
+
+  Regression, which the authors do not have, is trained by the squared error.
+
+  Args:
+    network: settings of `Student`, which the teacher shares.
     task_weight, imagination_weight, cycle_weight: of the loss parts.
     teacher_epochs: epochs of phase "teacher", before the student's begin.
-    bert: for text as token ids, see `bert.setup`; teacher and student have one each.
 
   Returns:
     The system. Phase "student" logs the parts ce (the task's), mse and cycle.
   """
-  if pooling not in POOLINGS:
-    raise ValueError(f"pooling is {pooling!r}, expected one of {POOLINGS}.")
-  encoder = bert_lib.setup(bert)
-
-  def networks(num_outputs):
-    encoders = Encoders(tuple(embedding_sizes), pooling, encoder.config)
-    cascade = ResidualAutoencoder(tuple(autoencoder_sizes), blocks)
-    sizes = tuple(classifier_sizes)
-    teacher = Teacher(encoders, Classifier(sizes, num_outputs, dropout, False))
-    student = Student(
-      encoders.copy(),
-      cascade,
-      None if share_weight else cascade.copy(),
-      Classifier(sizes, num_outputs, dropout, batch_norm),
-    )
-    return teacher, student
-
-  def apply(params, batch, extra, who, key=None, train=False):
-    num_outputs = params["student"]["classifier"]["out"]["bias"].shape[0]
-    module = networks(num_outputs)[who == "student"]
-    rngs = None if key is None else {"dropout": key}
-    variables = {"params": params[who]} | (extra if who == "student" else {})
-    mutable = list(extra) if train else []
-    out, changed = module.apply(variables, batch, train, rngs=rngs, mutable=mutable)
-    scores = out.pop("scores")
-    out["prediction"] = scores[:, 0] if num_outputs == 1 else scores
-    return out, {**extra, **changed}
+  if network.pooling not in POOLINGS:
+    raise ValueError(f"pooling is {network.pooling!r}, expected one of {POOLINGS}.")
+  collections = ("batch_stats",) if network.batch_norm else ()
+  student = systems.functional(network, head="classifier/out", collections=collections)
+  shared = {name: getattr(network, name) for name in systems.settings_of(Teacher)}
+  teacher = systems.functional(Teacher(num_outputs=1, **shared), head="classifier/out")
 
   def init(key, spec):
-    example = types.example_batch(spec)
-
-    @jax.jit
-    def init_both(key):
-      keys, modules = jax.random.split(key), networks(spec.num_classes or 1)
-      return [module.init(k, example) for k, module in zip(keys, modules, strict=True)]
-
-    teacher, student = init_both(key)
-    params = {"teacher": teacher["params"], "student": student["params"]}
-    extra = {"batch_stats": student["batch_stats"]} if batch_norm else {}
-    for part in params.values():
-      part["encoders"] = encoder.with_weights(part["encoders"])
-    return params, extra
+    one, other = jax.random.split(key)
+    params, extra = student.init(other, spec)
+    return {"teacher": teacher.init(one, spec)[0], "student": params}, extra
 
   def predict(params, batch, extra):
-    return apply(params, batch, extra, "student")[0]
+    return student.predict(params["student"], batch, extra)
 
-  def task_loss(prediction, label):
-    classes = 0 if prediction.ndim == 1 else prediction.shape[1]
-    return losses.task_loss(classes)(prediction, label).mean()
+  def task(out, batch):
+    return losses.task(out["prediction"], batch.label).mean()
 
   def teacher_loss(params, batch, key, extra):
-    out, _ = apply(params, masking.complete(batch), extra, "teacher", key, train=True)
-    return task_loss(out["prediction"], batch.label), types.Aux({}, extra)
+    out, _ = teacher.apply(params["teacher"], masking.complete(batch), {}, key)
+    return task(out, batch), types.Aux({}, extra)
 
   def student_loss(params, batch, key, extra):
-    out, extra = apply(params, batch, extra, "student", key, train=True)
-    frozen = jax.lax.stop_gradient(params)
-    target = apply(frozen, masking.complement(batch), extra, "teacher")[0]["embedding"]
+    out, extra = student.apply(params["student"], batch, extra, key, train=True)
+    frozen = jax.lax.stop_gradient(params["teacher"])
+    target = teacher.predict(frozen, masking.complement(batch), {})["embedding"]
     parts = {
-      "ce": task_loss(out["prediction"], batch.label),
+      "ce": task(out, batch),
       "mse": losses.reconstruction(out["imagined"], target),
       # the target alone is detached: the gradient runs through both cascades
       "cycle": losses.reconstruction(out["restored"], jax.lax.stop_gradient(out["embedding"])),
@@ -273,7 +261,7 @@ def make(
     weights = {"ce": task_weight, "mse": imagination_weight, "cycle": cycle_weight}
     return sum(weights[name] * part for name, part in parts.items()), types.Aux(parts, extra)
 
-  def on_epoch(params, extra, epoch, train):
+  def on_epoch(params, extra, epoch, train):  # the student begins as its teacher
     del train
     if epoch != teacher_epochs:
       return params, extra
@@ -293,15 +281,13 @@ def make(
       hessian="symmetric",
     ),
   )
-  layers_per_block = 2 + batch_norm + (dropout > 0)  # of PyTorch's classifier, for its numbering
-  rules = torch_rules(len(classifier_sizes), layers_per_block)
-  return types.System(init, predict, phases, rules)
+  return types.System(init, predict, phases)
 
 
-def torch_rules(
-  classifier_layers: int, layers_per_block: int
-) -> tuple[tuple[str, str | None], ...]:
+def torch_rules(settings: Mapping[str, Any]) -> torch_import.Rules:
   """Rules for the state_dicts of all networks, "A.…", "pretrained.A.…" and so on."""
+  # of PyTorch's classifier, for its numbering
+  layers_per_block = 2 + settings["batch_norm"] + (settings["dropout"] > 0)
   rules = []
   names = (("audio", "A"), ("vision", "V"), ("text", "L"))
   for prefix, who in (("", "student"), (r"pretrained\.", "teacher")):
@@ -314,7 +300,7 @@ def torch_rules(
         (rf"{at}attention.*", None),  # its weights are all 1, whatever it holds
       ]
     rules += bert_lib.torch_rules(rf"{prefix}bert\.", f"{who}/encoders/bert")
-    for n in range(classifier_layers):
+    for n in range(len(settings["classifier_sizes"])):
       at = rf"{prefix}C\.module\.{n * layers_per_block}\."
       rules.append((at + "(weight|bias)", rf"{who}/classifier/layer_{n}/\1"))
       at = rf"{prefix}C\.module\.{n * layers_per_block + 2}\."

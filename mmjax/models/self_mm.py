@@ -9,6 +9,7 @@ labels and features live in `extra`.
 Paper: https://arxiv.org/abs/2102.04830. Parity: MMSA's implementation and its quirks.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, losses, masking, torch_import, types
+from mmjax import layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 TASKS = ("fusion", "text", "audio", "vision")
@@ -40,20 +41,32 @@ class Head(nn.Module):
 
 
 class SelfMM(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network.
 
-  num_outputs: int
-  lstm_sizes: Sequence[int]
-  out_sizes: Sequence[int]
-  lstm_dropout: Sequence[float]
-  head_sizes: Sequence[int]
-  head_dropout: Sequence[float]
-  bert: bert_lib.BertConfig
-  pooling: str
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    lstm_sizes: width of the audio and the vision LSTM.
+    out_sizes: width of the audio and the vision vector.
+    lstm_dropout: of the LSTMs' last states.
+    head_sizes: H of the heads: fusion, text, audio, vision.
+    head_dropout: of the heads' inputs.
+    pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
+      of the states. With precomputed states [CLS] has read words that are missing now.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+  """
+
+  num_outputs: int = 1
+  lstm_sizes: Sequence[int] = (16, 32)
+  out_sizes: Sequence[int] = (16, 32)
+  lstm_dropout: Sequence[float] = (0.0, 0.0)
+  head_sizes: Sequence[int] = (128, 32, 16, 32)
+  head_dropout: Sequence[float] = (0.0, 0.1, 0.1, 0.0)
+  pooling: str = "first"
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
-    states = bert_lib.text_states(self.bert, batch)  # [B, L, D]
+    states = bert_lib.text_states(self.bert.config, batch)  # [B, L, D]
     vectors = {"text": layers.pool(states, batch.text.valid, self.pooling)}
     for n, name in enumerate(("audio", "vision")):
       m = getattr(batch, name)
@@ -65,16 +78,19 @@ class SelfMM(nn.Module):
     for n, task in enumerate(TASKS):
       head = Head(self.head_sizes[n], self.head_dropout[n], self.num_outputs, name=f"post_{task}")
       out[f"feature_{task}"], scores = head(inputs[task])
-      out[f"prediction_{task}"] = scores[:, 0] if self.num_outputs == 1 else scores
+      out[f"prediction_{task}"] = layers.prediction(scores)
     return {**out, "prediction": out["prediction_fusion"], "feature": out["feature_fusion"]}
 
 
-def centers(label: Array, feature: Array, exclude_zero: bool = True) -> tuple[Array, Array]:
+def centers(
+  label: Array, feature: Array, met: Array, exclude_zero: bool = True
+) -> tuple[Array, Array]:
   """Mean feature of the positive and of the negative samples (§3.3, eq. 7-8).
 
   Args:
-    label: [N] labels of one task; NaN where the sample was not met yet.
+    label: [N] labels of one task.
     feature: [N, H] its features.
+    met: [N] bool, False where the sample was not met yet: it counts as neither.
     exclude_zero: whether zero labels count as neither, else as positive.
 
   Returns:
@@ -82,16 +98,15 @@ def centers(label: Array, feature: Array, exclude_zero: bool = True) -> tuple[Ar
   """
 
   def mean(chosen):
-    return chosen.astype(feature.dtype) @ feature / jnp.maximum(chosen.sum(), 1)
+    number = jnp.maximum(chosen.sum(dtype=feature.dtype), 1)
+    return chosen.astype(feature.dtype) @ feature / number
 
-  return mean(label > 0 if exclude_zero else label >= 0), mean(label < 0)
+  return mean(met & (label > 0 if exclude_zero else label >= 0)), mean(met & (label < 0))
 
 
-def _distance(feature, table_label, table_feature, exclude_zero):
+def _distance(feature, centres):
   """[B] relative distance δ: positive where the positive centre is nearer."""
-  positive, negative = centers(table_label, table_feature, exclude_zero)
-  to_positive = jnp.linalg.norm(feature - positive, axis=-1)
-  to_negative = jnp.linalg.norm(feature - negative, axis=-1)
+  to_positive, to_negative = (jnp.linalg.norm(feature - c[None], axis=-1) for c in centres)
   return (to_negative - to_positive) / (to_positive + EPS)
 
 
@@ -110,7 +125,8 @@ def update_tables(
   relative distance is divided by the distance to the positive centre, as in the code.
 
   Args:
-    tables: {"label": {task: [N]}, "feature": {task: [N, H]}}.
+    tables: {"met": [N], "label": {task: [N]}, "feature": {task: [N, H]}}; the rows of this
+      step are met.
     features: {task: [B, H]} of this step.
     index: [B] rows.
     epoch: [] from 0.
@@ -121,7 +137,10 @@ def update_tables(
     The successor of `tables`.
   """
   label, feature = dict(tables["label"]), dict(tables["feature"])
-  delta = {t: _distance(features[t], label[t], feature[t], exclude_zero) for t in TASKS}
+  delta = {
+    task: _distance(features[task], centers(label[task], feature[task], tables["met"], exclude_zero))
+    for task in TASKS
+  }
   truth, n = label["fusion"][index], (epoch + 1).astype(jnp.float32)
   for task in TASKS[1:]:
     ratio = delta[task] / (delta["fusion"] + EPS)
@@ -131,27 +150,20 @@ def update_tables(
     moved = (n - 1) / (n + 1) * old + 2 / (n + 1) * new
     label[task] = label[task].at[index].set(jnp.where(n > 1, moved, old))
   feature = {task: feature[task].at[index].set(features[task]) for task in TASKS}
-  return {"label": label, "feature": feature}
+  return {**tables, "label": label, "feature": feature}
 
 
 def make_tables(spec: types.Spec, sizes: Sequence[int]) -> dict[str, Any]:
-  """`extra` before training, by the heads' sizes; NaN labels were not met yet. None for classes."""
+  """`extra` before training, by the heads' sizes; no sample was met yet. None for classes."""
   if spec.num_classes:
     return {}
   rows = spec.num_train
   return {
     "epoch": jnp.int32(0),
-    "label": {task: jnp.full(rows, jnp.nan) for task in TASKS},
+    "met": jnp.zeros(rows, bool),
+    "label": {task: jnp.zeros(rows) for task in TASKS},
     "feature": {task: jnp.zeros((rows, h)) for task, h in zip(TASKS, sizes, strict=True)},
   }
-
-
-def count_epochs(params, extra, epoch, train):
-  """`on_epoch`: the labels' averages weigh by the epoch."""
-  del train
-  if "epoch" in extra:  # classes have no tables
-    extra = {**extra, "epoch": jnp.full_like(extra["epoch"], epoch)}
-  return params, extra
 
 
 def multitask_loss(
@@ -170,11 +182,12 @@ def multitask_loss(
   prediction = {task: out[f"prediction_{task}"] for task in TASKS}
   names = dict(zip(TASKS, "MTAV", strict=True))
   if prediction["fusion"].ndim == 2:
-    error = losses.task_loss(prediction["fusion"].shape[1])
-    parts = {names[t]: error(prediction[t], batch.label).mean() for t in TASKS}
+    parts = {names[t]: losses.task(prediction[t], batch.label).mean() for t in TASKS}
     return sum(parts.values()), types.Aux(parts, extra)
-  known = {task: table[batch.index] for task, table in extra["label"].items()}
-  known = {task: jnp.where(jnp.isnan(own), batch.label, own) for task, own in known.items()}
+  met = extra["met"][batch.index]
+  known = {
+    task: jnp.where(met, table[batch.index], batch.label) for task, table in extra["label"].items()
+  }
   parts = {}
   for task, name in names.items():
     error = losses.absolute_error(prediction[task], known[task])
@@ -183,7 +196,11 @@ def multitask_loss(
   label = {task: extra["label"][task].at[batch.index].set(known[task]) for task in TASKS}
   features = {task: jax.lax.stop_gradient(out[f"feature_{task}"]) for task in TASKS}
   successor = update_tables(
-    {"label": label, "feature": extra["feature"]},
+    {
+      "met": extra["met"].at[batch.index].set(True),
+      "label": label,
+      "feature": extra["feature"],
+    },
     features,
     batch.index,
     extra["epoch"],
@@ -193,66 +210,34 @@ def multitask_loss(
   return sum(parts.values()), types.Aux(parts, {**extra, **successor})
 
 
-def make(
-  *,
-  lstm_sizes: Sequence[int] = (16, 32),
-  out_sizes: Sequence[int] = (16, 32),
-  lstm_dropout: Sequence[float] = (0.0, 0.0),
-  head_sizes: Sequence[int] = (128, 32, 16, 32),
-  head_dropout: Sequence[float] = (0.0, 0.1, 0.1, 0.0),
-  bound: float = 3.0,
-  exclude_zero: bool = True,
-  pooling: str = "first",
-  bert: Mapping[str, Any] | None = None,
-) -> types.System:
+@systems.configurable(SelfMM)
+def make(network: SelfMM, *, bound: float = 3.0, exclude_zero: bool = True) -> types.System:
   """Self-MM as a system; the defaults are MMSA's for MOSI.
 
   Args:
-    lstm_sizes: width of the audio and the vision LSTM.
-    out_sizes: width of the audio and the vision vector.
-    lstm_dropout: of the LSTMs' last states.
-    head_sizes: H of the heads: fusion, text, audio, vision.
-    head_dropout: of the heads' inputs.
+    network: settings of `SelfMM`.
     bound: largest magnitude of a generated label; the end of the dataset's scale.
     exclude_zero: whether zero labels belong to neither centre.
-    pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
-      of the states. With precomputed states [CLS] has read words that are missing now.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
 
   Returns:
     The system. Its one phase, "main", logs the parts M, T, A and V.
   """
-  layers.check_pooling(pooling)
-  encoder = bert_lib.setup(bert)
-  sizes = (lstm_sizes, out_sizes, lstm_dropout, head_sizes, head_dropout)
-  sizes = tuple(tuple(size) for size in sizes)
-  if [len(size) for size in sizes] != [2, 2, 2, 4, 4]:
-    raise ValueError("self_mm: LSTMs need two sizes (audio, vision), heads four (fusion, …).")
-
-  def network(num_outputs):
-    return SelfMM(num_outputs, *sizes, encoder.config, pooling)
-
-  def apply(params, batch, key=None):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["post_fusion"]["layer_3"]["bias"].shape[0]
-    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
-
-  def init(key, spec):
-    module = network(spec.num_classes or 1)
-    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
-    return encoder.with_weights(params), make_tables(spec, head_sizes)
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def loss(params, batch, key, extra):
-    return multitask_loss(
-      apply(params, batch, key), batch, extra, bound=bound, exclude_zero=exclude_zero
-    )
-
-  phase = types.Phase("main", loss, on_epoch=count_epochs, hessian="symmetric")
-  return types.System(init, predict, (phase,), TORCH_RULES)
+  layers.check_pooling(network.pooling)
+  pairs, fours = ("lstm_sizes", "out_sizes", "lstm_dropout"), ("head_sizes", "head_dropout")
+  for name in pairs + fours:
+    value, length = getattr(network, name), 2 if name in pairs else 4
+    if len(value) != length:
+      raise ValueError(
+        f"{name} is {value}: LSTMs need two (audio, vision), heads four (fusion, text, …)."
+      )
+  return systems.supervised(
+    network,
+    functools.partial(multitask_loss, bound=bound, exclude_zero=exclude_zero),
+    head="post_fusion/layer_3",
+    extra=lambda spec: make_tables(spec, network.head_sizes),
+    on_epoch=systems.count_epochs,
+    hessian="symmetric",
+  )
 
 
 TORCH_RULES = (

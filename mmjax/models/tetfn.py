@@ -7,15 +7,15 @@ modality's result is fused. Four heads and generated unimodal labels are Self-MM
 Paper: https://doi.org/10.1016/j.patcog.2022.109259. Parity: MMSA's implementation and its quirks.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import crossmodal, layers, masking, torch_import, types
+from mmjax import crossmodal, layers, masking, systems, torch_import, types
 from mmjax.models import self_mm
 
 Array = types.Array
@@ -34,24 +34,37 @@ def align(x: Array, length: int) -> Array:
 
 
 class Tetfn(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network.
 
-  num_outputs: int
-  size: int
-  heads: int
-  lstm_sizes: Sequence[int]
-  kernel_sizes: Sequence[int]
-  attention_dropout: Sequence[float]
-  relu_dropout: float
-  residual_dropout: float
-  embedding_dropout: float
-  head_sizes: Sequence[int]
-  head_dropout: Sequence[float]
-  bert: bert_lib.BertConfig
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    size: D, width of the sequences.
+    heads: of all Transformers; they divide D.
+    lstm_sizes: width of the audio and the vision LSTM, which run through padding.
+    kernel_sizes: of the convolution over text, and of the ones over audio and vision.
+    attention_dropout: where the source is text, audio, vision.
+    relu_dropout, residual_dropout, embedding_dropout: of the Transformers.
+    head_sizes: H of the heads: fusion, text, audio, vision.
+    head_dropout: of the heads' inputs.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+  """
+
+  num_outputs: int = 1
+  size: int = 50
+  heads: int = 5
+  lstm_sizes: Sequence[int] = (16, 64)
+  kernel_sizes: Sequence[int] = (1, 1)
+  attention_dropout: Sequence[float] = (0.1, 0.0, 0.1)
+  relu_dropout: float = 0.0
+  residual_dropout: float = 0.1
+  embedding_dropout: float = 0.0
+  head_sizes: Sequence[int] = (64, 32, 32, 16)
+  head_dropout: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
-    states = bert_lib.text_states(self.bert, batch)  # [B, L, D]
+    states = bert_lib.text_states(self.bert.config, batch)  # [B, L, D]
     out = {"text_states": states}
     text_width, width = self.kernel_sizes
     conv = layers.Conv1d(self.size, text_width, use_bias=False, name="text_conv")
@@ -87,7 +100,7 @@ class Tetfn(nn.Module):
         self.head_sizes[n], self.head_dropout[n], self.num_outputs, name=f"post_{task}"
       )
       out[f"feature_{task}"], scores = head(inputs[task])
-      out[f"prediction_{task}"] = scores[:, 0] if self.num_outputs == 1 else scores
+      out[f"prediction_{task}"] = layers.prediction(scores)
     return {**out, "prediction": out["prediction_fusion"], "feature": out["feature_fusion"]}
 
   def _transformer(self, name, depth, attention_dropout, positions=False):
@@ -103,81 +116,29 @@ class Tetfn(nn.Module):
     )
 
 
-def make(
-  *,
-  size: int = 50,
-  heads: int = 5,
-  lstm_sizes: Sequence[int] = (16, 64),
-  kernel_sizes: Sequence[int] = (1, 1),
-  attention_dropout: Sequence[float] = (0.1, 0.0, 0.1),
-  relu_dropout: float = 0.0,
-  residual_dropout: float = 0.1,
-  embedding_dropout: float = 0.0,
-  head_sizes: Sequence[int] = (64, 32, 32, 16),
-  head_dropout: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
-  bound: float = 3.0,
-  exclude_zero: bool = True,
-  bert: Mapping[str, Any] | None = None,
-) -> types.System:
+@systems.configurable(Tetfn)
+def make(network: Tetfn, *, bound: float = 3.0, exclude_zero: bool = True) -> types.System:
   """TETFN as a system; the defaults are MMSA's for MOSI.
 
   Args:
-    size: D, width of the sequences.
-    heads: of all Transformers; they divide D.
-    lstm_sizes: width of the audio and the vision LSTM, which run through padding.
-    kernel_sizes: of the convolution over text, and of the ones over audio and vision.
-    attention_dropout: where the source is text, audio, vision.
-    relu_dropout, residual_dropout, embedding_dropout: of the Transformers.
-    head_sizes: H of the heads: fusion, text, audio, vision.
-    head_dropout: of the heads' inputs.
+    network: settings of `Tetfn`.
     bound: largest magnitude of a generated label; the end of the dataset's scale.
     exclude_zero: whether zero labels belong to neither centre.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
 
   Returns:
     The system. Its one phase, "main", logs the parts M, T, A and V.
   """
-  encoder = bert_lib.setup(bert)
+  size, heads = network.size, network.heads
   if size % heads:
     raise ValueError(f"size is {size}, but must be divisible by heads {heads}.")
-
-  def network(num_outputs):
-    return Tetfn(
-      num_outputs,
-      size,
-      heads,
-      tuple(lstm_sizes),
-      tuple(kernel_sizes),
-      tuple(attention_dropout),
-      relu_dropout,
-      residual_dropout,
-      embedding_dropout,
-      tuple(head_sizes),
-      tuple(head_dropout),
-      encoder.config,
-    )
-
-  def apply(params, batch, key=None):
-    rngs = None if key is None else {"dropout": key}
-    num_outputs = params["post_fusion"]["layer_3"]["bias"].shape[0]
-    return network(num_outputs).apply({"params": params}, batch, rngs=rngs)
-
-  def init(key, spec):
-    module = network(spec.num_classes or 1)
-    params = jax.jit(module.init)(key, types.example_batch(spec))["params"]
-    return encoder.with_weights(params), self_mm.make_tables(spec, head_sizes)
-
-  def predict(params, batch, extra):
-    del extra
-    return apply(params, batch)
-
-  def loss(params, batch, key, extra):
-    return self_mm.multitask_loss(
-      apply(params, batch, key), batch, extra, bound=bound, exclude_zero=exclude_zero
-    )
-
-  phase = types.Phase("main", loss, on_epoch=self_mm.count_epochs, hessian="symmetric")
-  return types.System(init, predict, (phase,), TORCH_RULES)
+  return systems.supervised(
+    network,
+    functools.partial(self_mm.multitask_loss, bound=bound, exclude_zero=exclude_zero),
+    head="post_fusion/layer_3",
+    extra=lambda spec: self_mm.make_tables(spec, network.head_sizes),
+    on_epoch=systems.count_epochs,
+    hessian="symmetric",
+  )
 
 
 def _transformer_rules() -> torch_import.Rules:

@@ -8,7 +8,6 @@ Paper: https://dl.acm.org/doi/10.1145/3474085.3475585. Parity: MMSA's code and i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from mmjax import bert as bert_lib
-from mmjax import crossmodal, layers, losses, masking, torch_import, types
+from mmjax import crossmodal, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 LETTERS = {"text": "l", "audio": "a", "vision": "v"}
@@ -50,35 +49,54 @@ class TextStates(nn.Module):
 
 
 class TfrNet(nn.Module):
-  """The network; see `make` for the attributes."""
+  """The network. Threes are of text, audio, vision.
 
-  num_outputs: int
-  size: int
-  heads: int
-  depth: int
-  memory_depth: int
-  temporal_heads: int
-  kernel_sizes: Sequence[int]
-  gate_sizes: Sequence[int]
-  gate_depth: int
-  hidden_size: int
-  text_dropout: float
-  attention_dropout: Sequence[float]
-  transformer_dropout: float
-  gate_dropout: float
-  head_dropout: float
-  bert: bert_lib.BertConfig
+  Attributes:
+    num_outputs: 1 for regression, else the number of classes.
+    size: D, width of the projected sequences.
+    heads: of the crossmodal Transformers; they divide D.
+    depth: their layers.
+    memory_depth: layers of the intramodal Transformers and of those before the generators.
+    temporal_heads: largest number of heads of the Transformers before the generators; it is
+      lowered to a divisor of the modality's steps, which are their channels.
+    kernel_sizes: odd widths of the projecting convolutions.
+    gate_sizes: H of the gated GRUs; `gate_depth` their layers.
+    hidden_size: of the head.
+    text_dropout, attention_dropout, transformer_dropout, gate_dropout, head_dropout: rates.
+    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+  """
+
+  num_outputs: int = 1
+  size: int = 30
+  heads: int = 6
+  depth: int = 3
+  memory_depth: int = 3
+  temporal_heads: int = 25
+  kernel_sizes: Sequence[int] = (1, 5, 3)
+  gate_sizes: Sequence[int] = (36, 20, 48)
+  gate_depth: int = 3
+  hidden_size: int = 128
+  text_dropout: float = 0.2
+  attention_dropout: Sequence[float] = (0.2, 0.1, 0.0)
+  transformer_dropout: float = 0.2
+  gate_dropout: float = 0.2
+  head_dropout: float = 0.0
+  bert: bert_lib.Setup = bert_lib.setup(None)
 
   @nn.compact
-  def __call__(self, batch: types.Batch, *, generate: bool, train: bool) -> dict[str, Array]:
+  def __call__(
+    self, batch: types.Batch, train: bool, *, generate: bool | None = None
+  ) -> dict[str, Array]:
     """Runs.
 
     Args:
       batch: the batch.
-      generate: whether the missing features are restored, and the complete text encoded.
       train: whether the head's BatchNorm uses the batch's statistics.
+      generate: whether the missing features are restored, and the complete text encoded; by
+        default in training.
     """
-    encode = TextStates(self.bert, name="text")
+    generate = train if generate is None else generate
+    encode = TextStates(self.bert.config, name="text")
     states = encode(batch)
     inputs = {
       "text": layers.Dropout(self.text_dropout)(states),
@@ -126,7 +144,7 @@ class TfrNet(nn.Module):
     hidden = jax.nn.leaky_relu(layers.Dense(self.hidden_size, name="head_1")(hidden))
     hidden = layers.Dropout(self.head_dropout)(hidden)
     scores = layers.Dense(self.num_outputs, name="head_2")(hidden)
-    out["prediction"] = scores[:, 0] if self.num_outputs == 1 else scores
+    out["prediction"] = layers.prediction(scores)
     return out
 
   def _transformer(self, name, heads, depth, attention_dropout, positions=True):
@@ -150,9 +168,9 @@ def generation_loss(
     [] the loss.
   """
   seen = m.seen if m.seen.ndim == 2 else m.seen.all(-1)
-  missing = (m.valid & ~seen)[:, :, None].astype(generated.dtype)
-  count = missing.sum() * generated.shape[-1] + EPS
-  generated, target = generated * missing, target * missing
+  missing = (m.valid & ~seen)[:, :, None]
+  count = missing.sum(dtype=generated.dtype) * generated.shape[-1] + EPS
+  generated, target = (jnp.where(missing, a, 0) for a in (generated, target))
   flat = (z.reshape(-1, z.shape[-1]) for z in (generated, target))
   similar = losses.cmd(*flat, moments=3)
   error = optax.losses.huber_loss(generated, target).sum()
@@ -166,9 +184,7 @@ def loss_parts(
   similarity_weight: float,
 ) -> dict[str, Array]:
   """ "pred", "gen_text", "gen_audio", "gen_vision" and their weighted sum "gen"."""
-  prediction = out["prediction"]
-  task = losses.task_loss(0 if prediction.ndim == 1 else prediction.shape[1], "l1")
-  parts = {"pred": task(prediction, batch.label).mean()}
+  parts = {"pred": losses.task(out["prediction"], batch.label, "l1").mean()}
   for name in types.MODALITIES:
     parts[f"gen_{name}"] = generation_loss(
       out[f"generated_{name}"], out[f"complete_{name}"], getattr(batch, name), similarity_weight
@@ -177,108 +193,42 @@ def loss_parts(
   return {**parts, "gen": sum(weight * parts[f"gen_{name}"] for weight, name in named)}
 
 
+@systems.configurable(TfrNet)
 def make(
+  network: TfrNet,
   *,
-  size: int = 30,
-  heads: int = 6,
-  depth: int = 3,
-  memory_depth: int = 3,
-  temporal_heads: int = 25,
-  kernel_sizes: Sequence[int] = (1, 5, 3),
-  gate_sizes: Sequence[int] = (36, 20, 48),
-  gate_depth: int = 3,
-  hidden_size: int = 128,
-  text_dropout: float = 0.2,
-  attention_dropout: Sequence[float] = (0.2, 0.1, 0.0),
-  transformer_dropout: float = 0.2,
-  gate_dropout: float = 0.2,
-  head_dropout: float = 0.0,
   generation_weights: Sequence[float] = (5.0, 2.0, 20.0),
   similarity_weight: float = 5.0,
-  bert: Mapping[str, Any] | None = None,
 ) -> types.System:
-  """TFR-Net as a system; the defaults are MMSA's for MOSI. Threes are of text, audio, vision.
+  """TFR-Net as a system; the defaults are MMSA's for MOSI.
 
   Args:
-    size: D, width of the projected sequences.
-    heads: of the crossmodal Transformers; they divide D.
-    depth: their layers.
-    memory_depth: layers of the intramodal Transformers and of those before the generators.
-    temporal_heads: largest number of heads of the Transformers before the generators; it is
-      lowered to a divisor of the modality's steps, which are their channels.
-    kernel_sizes: odd widths of the projecting convolutions.
-    gate_sizes: H of the gated GRUs; `gate_depth` their layers.
-    hidden_size: of the head.
-    text_dropout, attention_dropout, transformer_dropout, gate_dropout, head_dropout: rates.
-    generation_weights: of the modalities' generation losses.
+    network: settings of `TfrNet`.
+    generation_weights: of the generation losses of text, audio, vision.
     similarity_weight: of CMD inside of them.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
 
   Returns:
     The system. Its one phase, "main", logs pred, gen and gen's parts; gen enters in the second
     epoch.
   """
-  encoder = bert_lib.setup(bert)
+  size, heads = network.size, network.heads
   if size % heads:
     raise ValueError(f"size is {size}, but must be divisible by heads {heads}.")
 
-  def apply(params, batch, extra, key=None, *, train=False, num_outputs=None):
-    num_outputs = num_outputs or params["head_2"]["bias"].shape[0]
-    module = TfrNet(
-      num_outputs,
-      size,
-      heads,
-      depth,
-      memory_depth,
-      temporal_heads,
-      tuple(kernel_sizes),
-      tuple(gate_sizes),
-      gate_depth,
-      hidden_size,
-      text_dropout,
-      tuple(attention_dropout),
-      transformer_dropout,
-      gate_dropout,
-      head_dropout,
-      encoder.config,
-    )
-    if params is None:
-      return module.init(key, batch, generate=True, train=False)
-    rngs = None if key is None else {"dropout": key}
-    variables = {"params": params, "batch_stats": extra["batch_stats"]}
-    mutable = ["batch_stats"] if train else []
-    out, changed = module.apply(
-      variables, batch, generate=train, train=train, rngs=rngs, mutable=mutable
-    )
-    return out, {**extra, **changed}
-
-  def init(key, spec):
-    @jax.jit
-    def start(key):
-      outputs = spec.num_classes or 1
-      return apply(None, types.example_batch(spec), None, key, num_outputs=outputs)
-
-    variables = start(key)
-    params = variables["params"]
-    if "text" in params:
-      params = {**params, "text": encoder.with_weights(params["text"])}
-    return params, {"epoch": jnp.int32(0), "batch_stats": variables["batch_stats"]}
-
-  def predict(params, batch, extra):
-    return apply(params, batch, extra)[0]
-
-  def loss(params, batch, key, extra):
-    out, extra = apply(params, batch, extra, key, train=True)
+  def loss(out, batch, extra):
     parts = loss_parts(out, batch, generation_weights, similarity_weight)
     total = parts["pred"] + jnp.where(extra["epoch"] > 0, parts["gen"], 0.0)
     return total, types.Aux(parts, extra)
 
-  def on_epoch(params, extra, epoch, train):
-    del train
-    return params, {**extra, "epoch": jnp.full_like(extra["epoch"], epoch)}
-
-  phase = types.Phase("main", loss, on_epoch=on_epoch, hessian="symmetric")
-  return types.System(init, predict, (phase,), TORCH_RULES)
+  return systems.supervised(
+    network,
+    loss,
+    head="head_2",
+    collections=("batch_stats",),
+    extra=lambda spec: {"epoch": jnp.int32(0)},
+    on_epoch=systems.count_epochs,
+    hessian="symmetric",
+  )
 
 
 def _rules() -> torch_import.Rules:

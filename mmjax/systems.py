@@ -1,0 +1,241 @@
+"""A network, a loss and a head make a system: `init`, `predict` and `phases`, written once.
+
+The network is a linen module. It is called with a batch, or `(batch, train)` if it behaves
+differently in training, and returns a dict: "prediction" (see `layers.prediction`), "feature",
+and whatever its loss reads. Its attribute `num_outputs` is set by the data, an attribute `bert`
+is a `bert.Setup`, and all others are settings, with a default and documentation there and nowhere
+else. So a whole model of your own is
+
+  class Means(nn.Module):
+    num_outputs: int = 1
+    size: int = 32  # of the feature
+
+    @nn.compact
+    def __call__(self, batch):
+      means = [masking.observed(getattr(batch, name)).mean(1) for name in types.MODALITIES]
+      feature = nn.relu(nn.Dense(self.size)(jnp.concatenate(means, -1)))
+      scores = nn.Dense(self.num_outputs, name="head")(feature)
+      return {"feature": feature, "prediction": layers.prediction(scores)}
+
+  def loss(out, batch, extra, scale):
+    error = losses.task(out["prediction"], batch.label).mean()
+    return scale * error, types.Aux({"error": error}, extra)
+
+  @systems.configurable(Means)
+  def make(network, *, scale=1.0):
+    return systems.supervised(network, functools.partial(loss, scale=scale), head="head")
+
+and `make(size=8, scale=2.0)` the system; in a config it is "my_package.my_module:make".
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax import bert as bert_lib
+from mmjax import registry, types
+
+# Attributes of a network that are no settings: the first is the data's, the others are linen's.
+_NOT_SETTINGS = ("num_outputs", "parent", "name")
+
+
+class OutputLoss(Protocol):
+  """A loss of what a network returns."""
+
+  def __call__(
+    self, out: dict[str, types.Array], batch: types.Batch, extra: types.Extra
+  ) -> tuple[chex.Scalar, types.Aux]:
+    """The loss.
+
+    Args:
+      out: of the network, in training.
+      batch: B samples.
+      extra: training arrays that are not parameters.
+
+    Returns:
+      [] the loss; and the scalars to log, with the successor of `extra`.
+    """
+    ...
+
+
+class Model(NamedTuple):
+  """A network as pure functions: what systems of several networks or phases are composed of.
+
+  Attributes:
+    init: `(key, spec) -> (params, extra)`; `extra` holds its collections alone.
+    apply: `(params, batch, extra, key=None, train=False) -> (out, extra)`; dropout is on where
+      there is a key, `train` moves the collections and is told to the network.
+  """
+
+  init: Callable[[types.PRNGKey, types.Spec], tuple[types.Params, types.Extra]]
+  apply: Callable[..., tuple[dict[str, types.Array], types.Extra]]
+
+  def predict(self, params: types.Params, batch: types.Batch, extra: types.Extra):
+    """A `System.predict`."""
+    return self.apply(params, batch, extra)[0]
+
+  def loss(self, of: OutputLoss) -> types.LossFn:
+    """The loss of a phase, from a loss of what the network returns."""
+
+    def loss(params, batch, key, extra):
+      out, extra = self.apply(params, batch, extra, key, train=True)
+      return of(out, batch, extra)
+
+    return loss
+
+
+def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()) -> Model:
+  """A network as pure functions.
+
+  Args:
+    network: see above.
+    head: "a/b/c" path of the layer whose bias [C] tells the number of outputs.
+    collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
+
+  Returns:
+    The functions. Where the network has a BERT with a folder, `init` puts its weights in.
+  """
+  takes_train = "train" in inspect.signature(type(network).__call__).parameters
+
+  def told(train):
+    return {"train": train} if takes_train else {}
+
+  def init(key, spec):
+    module = network.clone(num_outputs=spec.num_classes or 1)
+    example = types.example_batch(spec)
+    variables = dict(jax.jit(lambda key: module.init(key, example, **told(True)))(key))
+    params = variables.pop("params")
+    if variables.keys() != set(collections):
+      raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")
+    return _with_weights(params, getattr(network, "bert", None)), variables
+
+  def apply(params, batch, extra, key=None, train=False):
+    module = network.clone(num_outputs=_num_outputs(params, head))
+    variables = {"params": params} | {name: extra[name] for name in collections}
+    rngs = None if key is None else {"dropout": key}
+    mutable = list(collections) if train else []
+    out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **told(train))
+    return out, {**extra, **changed}
+
+  return Model(init, apply)
+
+
+def supervised(
+  network: nn.Module,
+  loss: OutputLoss,
+  *,
+  head: str,
+  collections: Sequence[str] = (),
+  extra: Callable[[types.Spec], types.Extra] = lambda spec: {},
+  on_epoch: Callable | None = None,
+  hessian: str = "reverse",
+) -> types.System:
+  """A system of one network and one phase, "main".
+
+  Args:
+    network: see above.
+    loss: of what it returns.
+    head: "a/b/c" path of the layer whose bias [C] tells the number of outputs.
+    collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
+    extra: `spec -> extra`, what the loss keeps beside them.
+    on_epoch, hessian: of the phase, see `types.Phase`.
+
+  Returns:
+    The system.
+  """
+  model = functional(network, head=head, collections=collections)
+
+  def init(key, spec):
+    params, variables = model.init(key, spec)
+    return params, {**variables, **extra(spec)}
+
+  phase = types.Phase("main", model.loss(loss), on_epoch=on_epoch, hessian=hessian)
+  return types.System(init, model.predict, (phase,))
+
+
+def count_epochs(params, extra, epoch, train):
+  """A `Phase.on_epoch` for losses that read `extra["epoch"]`, an int32 (if it is there)."""
+  del train
+  if "epoch" in extra:
+    extra = {**extra, "epoch": jnp.full_like(extra["epoch"], epoch)}
+  return params, extra
+
+
+def settings_of(network: type[nn.Module]) -> dict[str, Any]:
+  """The attributes of a network that are settings, with their defaults, as `registry`'s has it."""
+  found = {f.name: f.default for f in dataclasses.fields(network) if f.name not in _NOT_SETTINGS}
+  empty = inspect.Parameter.empty
+  return {name: empty if d is dataclasses.MISSING else d for name, d in found.items()}
+
+
+def configurable(
+  network: type[nn.Module],
+) -> Callable[[Callable[..., types.System]], Callable[..., types.System]]:
+  """Decorates `make(network, *, …)`: it then takes the network's settings beside its own.
+
+  Its signature shows all of them with their defaults. Lists, as JSON has them, become tuples, and
+  "bert" is read by `bert.setup`.
+
+  Args:
+    network: whose attributes are the settings.
+
+  Returns:
+    The decorator. What it makes raises TypeError for a setting that there is not.
+  """
+  defaults = settings_of(network)
+  if "bert" in defaults:
+    defaults["bert"] = None
+
+  def decorate(make):
+    _, *own = inspect.signature(make).parameters.values()
+    of_network = [
+      inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+      for name, default in defaults.items()
+    ]
+    signature = inspect.Signature([*of_network, *own])
+
+    @functools.wraps(make)
+    def configured(**settings):
+      for name in settings:
+        if name not in signature.parameters:
+          hint = registry.nearest(name, signature.parameters)
+          raise TypeError(f"{network.__name__} has no setting {name!r}{hint}.")
+      given = {name: _freeze(settings.pop(name)) for name in defaults if name in settings}
+      if "bert" in defaults:
+        given["bert"] = bert_lib.setup(given.get("bert"))
+      return make(network(**given), **settings)
+
+    configured.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+    return configured
+
+  return decorate
+
+
+def _freeze(setting: Any) -> Any:
+  """Hashable, as linen wants its attributes."""
+  if isinstance(setting, (list, tuple)):
+    return tuple(map(_freeze, setting))
+  return flax.core.freeze(dict(setting)) if isinstance(setting, Mapping) else setting
+
+
+def _num_outputs(params: types.Params, head: str) -> int:
+  layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
+  return layer["bias"].shape[0]
+
+
+def _with_weights(params: types.Params, encoder: bert_lib.Setup | None) -> types.Params:
+  """Pretrained weights wherever a "bert" is, if there are any."""
+  if encoder is None or encoder.folder is None:
+    return params
+  return {
+    name: _with_weights(part, encoder) if isinstance(part, dict) and name != "bert" else part
+    for name, part in encoder.with_weights(params).items()
+  }
