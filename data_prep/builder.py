@@ -1,7 +1,6 @@
 """Arrays -> a TensorFlow Datasets dataset on disk."""
 
-import contextlib
-import io
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -11,23 +10,23 @@ from mmjax import data
 
 VERSION = "1.0.0"
 FILE_FORMATS = ("tfrecord", "array_record")
-
-
-def _rows(fields: Mapping[str, np.ndarray]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-  for row in range(len(fields["id"])):
-    yield row, {key: value[row] for key, value in fields.items()}
+_SHARD = 1 << 28  # bytes of a file, about
 
 
 def write(
-  arrays: Mapping[str, Mapping[str, np.ndarray]],
+  arrays: dict[str, Mapping[str, np.ndarray]],
   data_dir: pathlib.Path,
   name: str,
   file_format: str,
 ) -> pathlib.Path:
   """Stores checked arrays, rows in their order.
 
+  TensorFlow Datasets' own builder keeps a second copy of each split in memory, even where nothing
+  is shuffled; here rows go straight to the files.
+
   Args:
-    arrays: {split: {key: array}}, strings as object arrays.
+    arrays: {split: {key: array}}, strings as object arrays. Splits are let go as they are written:
+      it is empty afterwards.
     data_dir: folder to write in.
     name: the dataset's name.
     file_format: "tfrecord" or "array_record".
@@ -36,6 +35,7 @@ def write(
     The dataset's folder, data_dir/name/version.
   """
   tfds = data.import_tfds()
+  from tensorflow_datasets.core import file_adapters
 
   def feature(value):
     if value.dtype == object:
@@ -44,17 +44,40 @@ def write(
     encoding = tfds.features.Encoding.BYTES
     return tfds.features.Tensor(shape=value.shape[1:], dtype=value.dtype, encoding=encoding)
 
-  features = {key: feature(value) for key, value in next(iter(arrays.values())).items()}
-  builder = tfds.dataset_builders.AdhocBuilder(
-    name=name,
+  first = next(iter(arrays.values()))
+  features = tfds.features.FeaturesDict({key: feature(value) for key, value in first.items()})
+  adapter = file_adapters.ADAPTER_FOR_FORMAT[tfds.core.FileFormat(file_format)]
+  folder = data_dir / name / VERSION
+  folder.mkdir(parents=True)
+  written = []
+  for split in list(arrays):
+    fields = arrays.pop(split)
+    rows, size = len(fields["id"]), sum(value.nbytes for value in fields.values())
+    shards = min(rows, math.ceil(size / _SHARD))
+    ends = [rows * n // shards for n in range(shards + 1)]
+    for n in range(shards):
+      path = folder / f"{name}-{split}.{file_format}-{n:05d}-of-{shards:05d}"
+      adapter.write_examples(path, _serialized(features, fields, ends[n], ends[n + 1]))
+    template = tfds.core.ShardedFileTemplate(
+      data_dir=folder, dataset_name=name, split=split, filetype_suffix=file_format
+    )
+    lengths = np.diff(ends).tolist()
+    written.append(
+      tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+      )
+    )
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder,
+    features=features,
+    split_infos=written,
     version=VERSION,
-    features=tfds.features.FeaturesDict(features),
-    split_datasets={split: _rows(fields) for split, fields in arrays.items()},
-    data_dir=str(data_dir),
-    file_format=file_format,
-    disable_shuffling=True,
+    check_data=False,
     description="Multimodal features in the MMSA layout.",
   )
-  with contextlib.redirect_stdout(io.StringIO()):  # it would name the folder it writes aside
-    builder.download_and_prepare()
-  return pathlib.Path(builder.data_dir)
+  return folder
+
+
+def _serialized(features, fields, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+  for row in range(start, stop):
+    yield row, features.serialize_example({key: value[row] for key, value in fields.items()})

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import check
-from mmjax import data
+from mmjax import check, data, padding
 
 
 def make_card(
@@ -23,11 +22,13 @@ def make_card(
     file_format: how it is stored.
 
   Returns:
-    Rows, fields, lengths, label histogram, the training mean and standard deviation of
-    every feature channel over the valid steps, replaced values, shared videos, the file.
+    Rows, fields, lengths, label histogram, the training mean and standard deviation of audio's
+    and vision's channels over the valid steps (none where there are no such steps), the largest
+    token id, replaced values, rows that were padded in front, notes, shared videos, the file.
   """
   arrays = checked.arrays
   train = arrays["train"]
+  valid = {split: data.valid_steps(fields) for split, fields in arrays.items()}
   digest = hashlib.sha256()
   with pickle.open("rb") as file:
     while block := file.read(1 << 20):
@@ -43,33 +44,30 @@ def make_card(
     },
     "left_out": checked.left_out,
     "lengths": {
-      split: {name: _spread(lengths) for name, lengths in _lengths(fields).items()}
-      for split, fields in arrays.items()
+      split: {name: _spread(steps.sum(1)) for name, steps in found.items()}
+      for split, found in valid.items()
     },
     "labels": {
       split: {key: _histogram(fields[key]) for key in check.LABELS if key in fields}
       for split, fields in arrays.items()
     },
     "standardize": {
-      name: _moments(train[name], _lengths(train).get(name))
-      for name in check.FEATURES
-      if name in train
+      name: _moments(train[name], valid["train"][name])
+      for name in data.STANDARDIZED
+      if valid["train"][name].any()
     },
+    "largest_id": max(
+      (int(f["text_bert"][:, 0].max()) for f in arrays.values() if "text_bert" in f), default=None
+    ),
     "replaced": checked.replaced,
+    "moved": checked.moved,
+    "notes": checked.notes,
     "videos_in_two_splits": _shared_videos(arrays),
   }
 
 
 def _dtype(value: np.ndarray) -> str:
   return "str" if value.dtype == object else str(value.dtype)
-
-
-def _lengths(fields) -> dict[str, np.ndarray]:
-  """Valid steps of each sample, as `mmjax.data` will read them."""
-  task = "regression" if "regression_labels" in fields else "classification"
-  text = "features" if "text" in fields else "tokens"
-  batch = data.make_split(fields, "", text, task)
-  return {name: getattr(batch, name).valid.sum(1) for name in ("text", "audio", "vision")}
 
 
 def _spread(lengths: np.ndarray) -> dict[str, float]:
@@ -82,10 +80,17 @@ def _histogram(labels: np.ndarray) -> dict[str, int]:
   return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
 
-def _moments(x: np.ndarray, lengths: np.ndarray) -> dict[str, list[float]]:
-  """Mean and standard deviation of each channel over the valid steps."""
-  steps = x[np.arange(x.shape[1]) < lengths[:, None]].astype(np.float64)
-  return {"mean": steps.mean(0).tolist(), "std": steps.std(0).tolist()}
+def _moments(x: np.ndarray, valid: np.ndarray) -> dict[str, list[float]]:
+  """Mean and standard deviation of each channel over the valid steps; no copy of x as a whole."""
+
+  def mean(function):
+    total = np.zeros(x.shape[-1])
+    for part in padding.blocks(x):
+      total += function(x[part][valid[part]].astype(np.float64)).sum(0)
+    return total / valid.sum()
+
+  center = mean(lambda steps: steps)
+  return {"mean": center.tolist(), "std": np.sqrt(mean(lambda s: (s - center) ** 2)).tolist()}
 
 
 def _shared_videos(arrays) -> list[dict[str, Any]]:
@@ -115,9 +120,7 @@ def to_text(card: dict[str, Any]) -> str:
   for split, labels in card["labels"].items():
     for key, counts in labels.items():
       lines.append(f"{split} {key}: " + ", ".join(f"{v}: {n}" for v, n in counts.items()))
-  for split, counts in card["replaced"].items():
-    for key, count in counts.items():
-      lines.append(f"note: {split}/{key}: {count} NaN or infinite values became 0")
+  lines += [f"note: {note}" for note in card["notes"]]
   if card["videos_in_two_splits"]:
     names = ", ".join(entry["video"] for entry in card["videos_in_two_splits"][:5])
     lines.append(

@@ -31,7 +31,7 @@ def convert(
 
   Args:
     pickle: the file.
-    dataset: name of the dataset; mosi, mosei, sims and iemocap bring their label ranges.
+    dataset: name of the dataset; mosi, mosei, sims, simsv2 and iemocap bring their labels' range.
     data_dir: folder of the datasets.
     file_format: "tfrecord" or "array_record".
     overwrite: whether to replace a dataset of that name.
@@ -51,12 +51,12 @@ def convert(
   if data.is_complete(final) and not overwrite:
     raise data.DataError(f"{final} exists already; --overwrite replaces it.")
   checked = check.read(pickle, dataset)
+  statistics = card.make_card(checked, pickle, dataset, file_format)
   draft = data_dir / f".incomplete-{dataset}"
   shutil.rmtree(draft, ignore_errors=True)  # of a conversion that was interrupted
   draft.mkdir(parents=True)
   written = builder.write(checked.arrays, draft, dataset, file_format)
-  statistics = card.make_card(checked, pickle, dataset, file_format)
-  text = json.dumps(statistics, indent=1, ensure_ascii=False)
+  text = json.dumps(statistics, indent=1, ensure_ascii=False, allow_nan=False)
   (written / data.CARD).write_text(text + "\n", encoding="utf-8")
   shutil.rmtree(final, ignore_errors=True)
   final.parent.mkdir(exist_ok=True)

@@ -39,10 +39,18 @@ class BertConfig(NamedTuple):
   initializer_range: float = 0.02
 
 
-class BertFolderError(ValueError):
+class BertFolderError(types.UsageError):
   """A folder does not hold a BERT that can be read."""
 
 
+# Settings that say which BERT it is to be.
+_SIZES = (
+  "vocab_size",
+  "hidden_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "intermediate_size",
+)
 # What a config may say of choices that are not ours to make; each is also Hugging Face's default.
 _SUPPORTED = {
   "model_type": "bert",
@@ -206,10 +214,44 @@ def torch_rules(prefix: str, path: str) -> tuple[tuple[str, str | None], ...]:
 
 
 class Setup(NamedTuple):
-  """A model's BERT before its parameters exist: the config, and where weights lie (or None)."""
+  """A model's BERT before its parameters exist.
+
+  Attributes:
+    config: its sizes.
+    folder: where pretrained weights lie, or None.
+    from_scratch: whether random weights were asked for.
+  """
 
   config: BertConfig
   folder: pathlib.Path | None
+  from_scratch: bool = False
+
+  def check(self, spec: types.Spec) -> None:
+    """Whether this BERT can read the text of `spec`; to be called before parameters are made.
+
+    Raises:
+      types.UsageError: if the text is token ids, and there are no weights and none were asked for,
+        or an id is beyond the vocabulary, or there are more tokens than positions.
+    """
+    text, config = spec.text, self.config
+    if not text.tokens:
+      return
+    if self.folder is None and not self.from_scratch:
+      raise types.UsageError(
+        "the text is token ids, but no pretrained BERT is given to read them: set"
+        " --config.model.bert.folder=FOLDER, in Python bert=dict(folder=…). To train one from"
+        " random numbers, set bert.from_scratch=True."
+      )
+    if text.vocab > config.vocab_size:
+      raise types.UsageError(
+        f"the text has the token id {text.vocab - 1}, but the BERT's vocabulary has only"
+        f" {config.vocab_size} entries: use the BERT whose tokenizer made `text_bert`."
+      )
+    if text.length > config.max_position_embeddings:
+      raise types.UsageError(
+        f"BERT has {config.max_position_embeddings} positions, but the text has {text.length}"
+        " tokens: shorten the sequences."
+      )
 
   def with_weights(self, params: types.Params) -> types.Params:
     """`params` with the pretrained weights at "bert", if the model has one and a folder."""
@@ -222,8 +264,9 @@ def setup(settings: Mapping[str, Any] | None) -> Setup:
   """Reads a model's `bert` argument.
 
   Args:
-    settings: {"folder": a local Hugging Face folder} for pretrained weights, or entries of a
-      Hugging Face config for random ones; None is BERT-base with random weights.
+    settings: {"folder": a local Hugging Face folder} for pretrained weights; or
+      {"from_scratch": True} for random ones, or sizes as in a Hugging Face config, which mean the
+      same. None is BERT-base, which needs a folder once it shall read token ids.
 
   Returns:
     The setup.
@@ -232,10 +275,16 @@ def setup(settings: Mapping[str, Any] | None) -> Setup:
     BertFolderError: if the folder's config cannot be used.
   """
   settings = dict(settings or {})
-  if folder := settings.pop("folder", None):
+  folder, from_scratch = settings.pop("folder", None), settings.pop("from_scratch", False)
+  if folder and from_scratch:
+    raise types.UsageError(
+      f"bert: from_scratch=True and folder={str(folder)!r} exclude each other."
+    )
+  if folder:
     folder = pathlib.Path(folder)
     return Setup(make_config({**_read_config(folder), **settings}), folder)
-  return Setup(make_config(settings), None)
+  sized = any(settings.get(name) is not None for name in _SIZES)
+  return Setup(make_config(settings), None, bool(from_scratch or sized))
 
 
 def _read_config(folder: pathlib.Path) -> Mapping[str, Any]:
@@ -288,10 +337,11 @@ def _modern(name: str) -> str:
 
 
 def load(folder: str | pathlib.Path) -> tuple[BertConfig, types.Params]:
-  """Reads a local Hugging Face folder: `config.json` and `model.safetensors`.
+  """Reads a local Hugging Face folder: `config.json` and the weights in safetensors.
 
   Args:
-    folder: the folder, as `save_pretrained` writes it. No network, no torch.
+    folder: the folder, as `save_pretrained` writes it, the weights in one file or in shards. No
+      network, no torch.
 
   Returns:
     The config, and the parameters for `Bert(config).apply({"params": params}, …)`.
@@ -300,23 +350,37 @@ def load(folder: str | pathlib.Path) -> tuple[BertConfig, types.Params]:
     BertFolderError: if a file is missing or unreadable, if it is not a BERT, or if weights
       are missing or misshapen.
   """
-  import safetensors
-  import safetensors.numpy
-
   folder = pathlib.Path(folder)
   config = make_config(_read_config(folder))
-  weights = folder / "model.safetensors"
-  try:
-    state = safetensors.numpy.load_file(weights)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise BertFolderError(
-      f"{weights}: cannot be read ({error}). A pytorch_model.bin is not read: convert it with"
-      " `save_pretrained(..., safe_serialization=True)`."
-    ) from None
-  state = {_modern(name): value for name, value in state.items()}
+  state = {_modern(name): value for name, value in _read_weights(folder).items()}
   ids = jnp.zeros((1, 1), jnp.int32)
   template = jax.eval_shape(Bert(config).init, jax.random.key(0), ids, ids)["params"]
   try:
     return config, torch_import.from_torch(template, state, TORCH_RULES)
   except torch_import.StateDictError as error:
-    raise BertFolderError(f"{weights}: {error}") from None
+    raise BertFolderError(f"{folder}: {error}") from None
+
+
+def _read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of `model.safetensors`, or of all shards that its index names."""
+  import safetensors
+  import safetensors.numpy
+
+  path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+  state = {}
+  try:
+    files = [path]
+    if index.exists() and not path.exists():
+      path = index
+      names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+      files = [folder / name for name in sorted(set(names))]
+    for path in files:
+      state.update(safetensors.numpy.load_file(path))
+  except FileNotFoundError as error:
+    raise BertFolderError(
+      f"{path}: cannot be read ({error}). A pytorch_model.bin is not read: convert it with"
+      " `save_pretrained(..., safe_serialization=True)`."
+    ) from None
+  except (safetensors.SafetensorError, OSError, ValueError, TypeError, LookupError) as error:
+    raise BertFolderError(f"{path}: cannot be read ({error}); is it whole?") from None
+  return state

@@ -3,7 +3,8 @@
 The MMSA layout is a dictionary per split with `id`, `text` [N, L, D], `text_bert` [N, 3, L]
 (ids, attention mask, segments), `audio` and `vision` [N, L, D], their `…_lengths` [N] where
 the data are not aligned, `regression_labels` and `classification_labels` [N].
-`python -m data_prep.convert` turns a pickle of it into TFRecords, which `load` reads.
+`python -m data_prep.convert` turns a pickle of it into TFRecords, which `load` reads. Both ways in
+pass the same check, see `check`.
 """
 
 import collections
@@ -11,26 +12,22 @@ import json
 import logging
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mmjax import types
+from mmjax import check, padding, types
+from mmjax.check import LABEL_RANGES, SPLITS, DataError
 
-SPLITS = ("train", "valid", "test")
 CARD = "card.json"  # the statistics beside a converted dataset
 TEXTS = ("features", "tokens")
 TASKS = ("regression", "classification")
-# Smallest and largest label of known datasets; the training labels' range for any other.
-LABEL_RANGES = {"mosi": (-3.0, 3.0), "mosei": (-3.0, 3.0), "sims": (-1.0, 1.0)}
+STANDARDIZED = ("audio", "vision")
 
 Arrays = Mapping[str, Mapping[str, Any]]
-
-
-class DataError(types.UsageError):
-  """Data that cannot be used; the message says where, what, and how to mend it."""
 
 
 class Dataset(NamedTuple):
@@ -75,7 +72,7 @@ def from_arrays(
   standardize: bool = False,
   label_range: tuple[float, float] | None = None,
 ) -> Dataset:
-  """Makes a dataset of arrays in the MMSA layout.
+  """Checks arrays in the MMSA layout and makes a dataset of them; they are not changed.
 
   Args:
     arrays: {"train" | "valid" | "test": {key: array}}, see the module's docstring. Of the
@@ -85,35 +82,57 @@ def from_arrays(
     text: "features" reads `text`; "tokens" reads the ids of `text_bert`, for a model with a
       BERT.
     task: "regression" reads `regression_labels`, "classification" `classification_labels`.
-    standardize: whether features are standardized by the mean and standard deviation of
-      the training split's valid steps (padding stays 0). Token ids are not.
-    label_range: smallest and largest label of the scale, if the name is not a known one.
+    standardize: whether audio and vision are standardized by the mean and standard deviation of
+      the training split's valid steps (padding stays 0). Text is not.
+    label_range: smallest and largest label of the scale, if the name is not a known one; by
+      default those of the labels.
 
   Returns:
     The dataset. Text is valid where the attention mask of `text_bert` says so, or else up to
     its last non-zero step; audio and vision up to their lengths, or (aligned data, without
-    lengths) where the text is.
+    lengths) where the text is. Rows that are padded in front begin with their steps (`padding`).
 
   Raises:
-    DataError: if a split or a needed key is missing.
+    DataError: if the arrays have a fault or lack a key, see `check`.
+
+  Warns:
+    UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
+  checked = check.check(arrays, name, name, label_range=label_range)
+  for note in checked.notes:
+    warnings.warn(note, stacklevel=2)
+  return make_dataset(
+    checked.arrays,
+    name=name,
+    text=text,
+    task=task,
+    standardize=standardize,
+    label_range=label_range,
+  )
+
+
+def make_dataset(
+  arrays: Arrays,
+  *,
+  name: str,
+  text: str = "features",
+  task: str = "regression",
+  standardize: bool = False,
+  label_range: tuple[float, float] | None = None,
+) -> Dataset:
+  """`from_arrays` of arrays that were checked, such as converted ones."""
   if text not in TEXTS:
     raise DataError(f"text is {text!r}, expected one of {TEXTS}.")
   if task not in TASKS:
     raise DataError(f"task is {task!r}, expected one of {TASKS}.")
-  for split in SPLITS:
-    if split not in arrays:
-      raise DataError(f"{name}: the split {split!r} is missing; there are {sorted(arrays)}.")
   splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
   if standardize:
     found = _moments(splits["train"])
     splits = {split: scale(batch, found) for split, batch in splits.items()}
   labels = np.concatenate([splits[split].label for split in SPLITS])
-  spec = make_spec(splits["train"], labels, name, task, label_range)
-  ids = {
-    split: [str(i) for i in arrays[split].get("id", range(len(splits[split].index)))]
-    for split in SPLITS
-  }
+  largest = max(int(b.text.x.max()) for b in splits.values()) if text == "tokens" else None
+  spec = make_spec(splits["train"], labels, name, task, label_range, largest)
+  ids = {split: [str(i) for i in arrays[split]["id"]] for split in SPLITS}
   return Dataset(**splits, spec=spec, ids=ids, name=name)
 
 
@@ -123,11 +142,24 @@ def make_spec(
   name: str,
   task: str,
   label_range: tuple[float, float] | None,
+  largest_id: int | None = None,
 ) -> types.Spec:
-  """The spec of a training split, with all `labels` of the dataset; see `from_arrays`."""
-  known = next((r for n, r in LABEL_RANGES.items() if name.lower().startswith(n)), None)
+  """The spec of a training split, see `from_arrays`.
+
+  Args:
+    train: the split, or some rows of it.
+    labels: of all splits.
+    name, task, label_range: see `from_arrays`.
+    largest_id: the largest token id of all splits, if it is known.
+  """
+  known = check.known(LABEL_RANGES, name)
+  text, audio, vision = (_spec(getattr(train, m)) for m in types.MODALITIES)
+  if text.tokens and largest_id is not None:
+    text = text._replace(vocab=largest_id + 1)
   return types.Spec(
-    *(_spec(getattr(train, m)) for m in types.MODALITIES),
+    text,
+    audio,
+    vision,
     num_train=len(train.index),
     num_classes=int(labels.max()) + 1 if task == "classification" else 0,
     label_range=label_range or known or (float(labels.min()), float(labels.max())),
@@ -142,55 +174,65 @@ def _get(fields: Mapping[str, Any], key: str, where: str, why: str) -> np.ndarra
 
 def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> types.Batch:
   """One split's fields as a batch of all its rows; see `from_arrays`. `where` is for errors."""
-  info, tokens = {}, None
-  if text == "tokens" or "text_bert" in fields:
-    tokens = _get(fields, "text_bert", where, "which text='tokens' reads")
+  info = {}
+  key = "text_bert" if text == "tokens" else "text"
+  words = _get(fields, key, where, f"which text={text!r} reads")
   if text == "tokens":
-    ids, valid = tokens[:, 0].astype(np.int32), tokens[:, 1] > 0
-    language = types.modality(ids, valid)
-    if tokens[:, 2].any():
-      info["segment_ids"] = tokens[:, 2].astype(np.int32)
+    x = words[:, 0].astype(np.int32)
+    if words[:, 2].any():
+      info["segment_ids"] = words[:, 2].astype(np.int32)
   else:
-    x = np.asarray(_get(fields, "text", where, "which text='features' reads"), np.float32)
-    same = tokens is not None and tokens.shape[2] == x.shape[1]
-    language = types.modality(x, tokens[:, 1] > 0 if same else _until_last_nonzero(x))
-  others = {m: _timed(fields, m, where, language.valid) for m in ("audio", "vision")}
-  if task == "regression":
-    label = _get(fields, "regression_labels", where, "which task='regression' reads")
-    label = label.reshape(-1).astype(np.float32)
-  else:
-    label = _get(fields, "classification_labels", where, "which task='classification' reads")
-    label = label.reshape(-1).astype(np.int32)
+    x = np.asarray(words, np.float32)
+  others = {
+    m: np.asarray(_get(fields, m, where, "which every system reads"), np.float32)
+    for m in ("audio", "vision")
+  }
+  valid = valid_steps({**fields, **others}, text)
+  key = "regression_labels" if task == "regression" else "classification_labels"
+  label = _get(fields, key, where, f"which task={task!r} reads").reshape(-1)
   for letter, modality in (("T", "text"), ("A", "audio"), ("V", "vision")):
     if f"regression_labels_{letter}" in fields:
       values = np.asarray(fields[f"regression_labels_{letter}"], np.float32)
       info[f"label_{modality}"] = values.reshape(-1)
-  rows = len(label)
   return types.Batch(
-    text=language,
-    **others,
-    label=label,
-    index=np.arange(rows, dtype=np.int32),
+    text=types.modality(x, valid["text"]),
+    **{m: types.modality(others[m], valid[m]) for m in others},
+    label=label.astype(np.float32 if task == "regression" else np.int32),
+    index=np.arange(len(label), dtype=np.int32),
     info=info,
   )
 
 
+def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str, np.ndarray]:
+  """[N, L] bool of each modality of a split: where its steps are real.
+
+  Args:
+    fields: the split's arrays.
+    text: "features" or "tokens"; by default features where there are any.
+
+  Returns:
+    {"text", "audio", "vision": array}.
+  """
+  mask = np.asarray(fields["text_bert"])[:, 1] > 0 if "text_bert" in fields else None
+  if text == "tokens" or (text is None and "text" not in fields):
+    found = {"text": mask}
+  else:
+    same = mask is not None and mask.shape[1] == fields["text"].shape[1]
+    found = {"text": mask if same else _until_last_nonzero(fields["text"])}
+  for m in ("audio", "vision"):
+    x, lengths = fields[m], fields.get(f"{m}_lengths")
+    if lengths is not None:
+      found[m] = np.arange(x.shape[1]) < np.asarray(lengths).reshape(-1, 1)
+    elif x.shape[1] == found["text"].shape[1]:
+      found[m] = found["text"]
+    else:
+      found[m] = _until_last_nonzero(x)
+  return found
+
+
 def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
   """[N, L] True up to the last step that is not all zeros."""
-  some = np.any(x != 0, -1)
-  return np.flip(np.maximum.accumulate(np.flip(some, 1), 1), 1)
-
-
-def _timed(fields, modality, where, text_valid) -> types.Modality:
-  x = np.asarray(_get(fields, modality, where, "which every system reads"), np.float32)
-  lengths = fields.get(f"{modality}_lengths")
-  if lengths is not None:
-    valid = np.arange(x.shape[1]) < np.asarray(lengths).reshape(-1, 1)
-  elif x.shape[1] == text_valid.shape[1]:
-    valid = text_valid
-  else:
-    valid = _until_last_nonzero(x)
-  return types.modality(x, valid)
+  return np.arange(x.shape[1]) < padding.extent(x)[1][:, None]
 
 
 def _spec(m: types.Modality) -> types.ModalitySpec:
@@ -202,11 +244,11 @@ Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _moments(train: types.Batch) -> Moments:
-  """Mean and deviation of every feature channel over the training's valid steps, by modality."""
+  """Mean and deviation of every channel over the training's valid steps, by modality."""
   found = {}
-  for name in types.MODALITIES:
+  for name in STANDARDIZED:
     m = getattr(train, name)
-    if m.x.ndim == 3:
+    if m.valid.any():
       steps = m.x[m.valid].astype(np.float64)
       found[name] = as_moments(steps.mean(0), steps.std(0))
   return found
@@ -327,4 +369,4 @@ def load(data_dir: str | pathlib.Path, name: str, **options: Any) -> Dataset:
   Raises:
     DataError: if there is no complete dataset of that name, or a needed key is missing.
   """
-  return from_arrays(read_arrays(data_dir, name), name=name, **options)
+  return make_dataset(read_arrays(data_dir, name), name=name, **options)

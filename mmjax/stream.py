@@ -245,11 +245,11 @@ def open_dataset(
     )
   held = data.read_arrays(data_dir, name, splits=("valid", "test"))
   arrays = {"train": data.read_columns(builder, "train[:1]"), **held}
-  dataset = data.from_arrays(arrays, name=name, text=text, task=task)
-  moments = {}
+  dataset = data.make_dataset(arrays, name=name, text=text, task=task)
+  card, moments = data.read_card(data_dir, name), {}
   if standardize:
-    known = data.read_card(data_dir, name)["standardize"]
-    moments = {m: data.as_moments(**known[m]) for m in known if text == "features" or m != "text"}
+    known = card["standardize"]
+    moments = {m: data.as_moments(**known[m]) for m in data.STANDARDIZED if m in known}
   example, valid, test = (
     data.scale(batch, moments) for batch in (dataset.train, dataset.valid, dataset.test)
   )
@@ -258,7 +258,7 @@ def open_dataset(
   decoders = tfds.decode.PartialDecoding({"id": True, label: True})
   columns = data.read_columns(builder, "train", decoders=decoders)
   labels = np.concatenate([columns[label].reshape(-1), valid.label, test.label])
-  spec = data.make_spec(example, labels, name, task, label_range)
+  spec = data.make_spec(example, labels, name, task, label_range, card.get("largest_id"))
   train = Stream(
     builder, len(columns["id"]), example, {"text": text, "task": task}, moments, buffer
   )

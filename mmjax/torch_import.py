@@ -5,8 +5,12 @@ what they become: PyTorch's Linear keeps [out, in] and Conv1d [out, in, k] where
 [in, out] and [k, in, out].
 """
 
+import os
+import pathlib
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
@@ -21,8 +25,86 @@ _LSTM = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "
 _TRANSPOSED = ("w_ih", "w_hh")
 
 
-class StateDictError(ValueError):
+class StateDictError(types.UsageError):
   """A state_dict does not fit a model; the message lists every name."""
+
+
+# Where training scripts keep the state_dict beside an optimizer's state.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def read_state(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """The arrays of a .pth file, or of all networks "…net_NAME.pth" in a folder as "NAME.…".
+
+  Args:
+    path: a state_dict, as `torch.save` writes it, or the pairs of `named_parameters()`; of any
+      floating type, on any device. Needs torch.
+
+  Returns:
+    Name -> array; types that numpy lacks, such as bfloat16, become float32.
+
+  Raises:
+    StateDictError: if it is missing, or holds anything but tensors.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    files = sorted(path.glob("*net_*.pth"))
+    if not files:
+      raise StateDictError(f"{path}: holds no network, expected files like `30_net_A.pth`.")
+    return {
+      f"{file.stem.rpartition('net_')[2]}.{name}": value
+      for file in files
+      for name, value in read_state(file).items()
+    }
+  try:
+    import torch
+  except ImportError:
+    raise StateDictError("reading PyTorch files needs torch: pip install 'mmjax[parity]'") from None
+  try:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+  except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    raise StateDictError(
+      f"{path}: cannot be read as a state_dict ({str(error).splitlines()[0]}). Save it with"
+      " `torch.save(model.state_dict(), path)`."
+    ) from None
+  return to_arrays(state, os.fspath(path))
+
+
+def to_arrays(state: Any, where: str = "state_dict") -> dict[str, np.ndarray]:
+  """Tensors by name -> arrays by name.
+
+  Args:
+    state: a state_dict, a dictionary that holds one, or pairs such as `named_parameters()`.
+    where: what it is, for messages.
+
+  Returns:
+    Name -> array, without DataParallel's "module.".
+
+  Raises:
+    StateDictError: if it holds anything but tensors.
+  """
+  import torch
+
+  if isinstance(state, Mapping):
+    inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
+    state = state if inner is None else inner
+  try:
+    tensors = dict(state)
+    if not all(isinstance(n, str) and torch.is_tensor(v) for n, v in tensors.items()):
+      raise TypeError
+  except (TypeError, ValueError):
+    raise StateDictError(
+      f"{where}: is no state_dict, expected a mapping (or pairs) of names to tensors."
+    ) from None
+  return {name.removeprefix("module."): _to_array(value) for name, value in tensors.items()}
+
+
+def _to_array(tensor: Any) -> np.ndarray:
+  tensor = tensor.detach().cpu()
+  try:
+    return tensor.numpy()
+  except TypeError:  # numpy has no bfloat16
+    return tensor.float().numpy()
 
 
 def lstm_rules(prefix: str, path: str, *, bidirectional: bool) -> Rules:

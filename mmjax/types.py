@@ -92,11 +92,15 @@ class Batch(NamedTuple):
 
 
 class ModalitySpec(NamedTuple):
-  """Shape of one modality: `length` steps of `dim` channels (`tokens`: ids, `dim` unused)."""
+  """Shape of one modality: `length` steps of `dim` channels.
+
+  Token ids (`tokens`) have no channels; they are below `vocab` in all splits (0: not known).
+  """
 
   length: int
   dim: int
   tokens: bool = False
+  vocab: int = 0
 
 
 class Spec(NamedTuple):

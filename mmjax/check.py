@@ -1,0 +1,338 @@
+"""The one check of feature arrays in the MMSA layout: clean arrays and notes, or one clear error.
+
+`data.from_arrays` and `data_prep.convert` both read through it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from mmjax import padding, types
+
+SPLITS = ("train", "valid", "test")
+# Rank of each field's array, the rows included.
+RANKS = {
+  "id": 1,
+  "raw_text": 1,
+  "text": 3,
+  "text_bert": 3,
+  "audio": 3,
+  "vision": 3,
+  "audio_lengths": 1,
+  "vision_lengths": 1,
+  "regression_labels": 1,
+  "regression_labels_T": 1,
+  "regression_labels_A": 1,
+  "regression_labels_V": 1,
+  "classification_labels": 1,
+  "annotations": 1,
+}
+STRINGS = ("id", "raw_text", "annotations")
+FEATURES = ("text", "audio", "vision")
+REGRESSION, CLASSES = LABELS = ("regression_labels", "classification_labels")
+# What known datasets bring: the smallest and largest label, the number of classes.
+LABEL_RANGES = {
+  "mosi": (-3.0, 3.0),
+  "mosei": (-3.0, 3.0),
+  "sims": (-1.0, 1.0),
+  "simsv2": (-1.0, 1.0),
+}
+NUM_CLASSES = {"iemocap": 4}
+
+
+class DataError(types.UsageError):
+  """Data that cannot be used; the message says where, what, and how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """Clean arrays.
+
+  Attributes:
+    arrays: {split: {key: array}}; numbers as they were, strings as object arrays of str.
+    replaced: {split: {key: number of entries without a finite float32 value that became 0}}.
+    moved: {split: {key: number of rows that were padded in front}}, see `padding`.
+    notes: what the user should know, one sentence each.
+    left_out: keys that are no fields of the MMSA layout.
+  """
+
+  arrays: dict[str, dict[str, np.ndarray]]
+  replaced: dict[str, dict[str, int]]
+  moved: dict[str, dict[str, int]]
+  notes: list[str]
+  left_out: list[str]
+
+
+def known(table: Mapping[str, Any], dataset: str) -> Any:
+  """A known dataset's entry, or None: "SIMS_v2", "sims-v2" and "simsv2" are one name.
+
+  Other names that begin like one, such as "mosi_long", are datasets of their own.
+  """
+  return table.get(re.sub(r"[^a-z0-9]", "", dataset.lower()))
+
+
+def check(
+  found: Any,
+  path: str,
+  dataset: str,
+  *,
+  label_range: tuple[float, float] | None = None,
+  own: bool = False,
+) -> Checked:
+  """Checks arrays in the MMSA layout, see `data`.
+
+  Args:
+    found: {split: {key: array or list}}. Labels may be [N, 1] or [N, 1, 1], classes one-hot [N, C],
+      ids tuples such as (video, start, end); MulT's `labels` stands for the labels.
+    path: the file (or what else names the data), for messages.
+    dataset: its name; known ones bring the labels' range.
+    label_range: smallest and largest label, if the name is not a known one.
+    own: whether `found` may be emptied and its arrays written to, which saves memory.
+
+  Returns:
+    The arrays: features without a finite float32 value are 0 (MMSA does this to audio), and rows
+    that were padded in front begin with their real steps (see `padding`).
+
+  Raises:
+    DataError: at the first fault.
+  """
+  if not isinstance(found, Mapping):
+    fail(path, found=f"a {type(found).__name__}", expected="a dictionary of splits")
+  arrays, notes, left_out = {}, [], set()
+  for split in SPLITS:
+    if split not in found:
+      fail(path, split, found=f"the splits {sorted(map(str, found))}", expected="this split too")
+    fields = found[split]
+    if not isinstance(fields, Mapping):
+      fail(path, split, found=f"a {type(fields).__name__}", expected="a dictionary of fields")
+    fields = dict(fields)
+    if own:
+      found[split] = None  # each array is let go when its clean one is there
+    _name_labels(fields, path, split, dataset, notes)
+    left_out |= {str(key) for key in fields if key not in RANKS}
+    arrays[split] = _check_split(fields, path, split, notes)
+    _check_values(arrays[split], path, split, dataset, label_range)
+  _check_across(arrays, path)
+  _check_classes(arrays, path, notes)
+  replaced, moved = {}, {}
+  for split, fields in arrays.items():
+    replaced[split] = _replace(fields, split, own, notes)
+    moved[split], more = padding.straighten(fields, split, own)
+    notes += more
+  return Checked(arrays, replaced, moved, list(dict.fromkeys(notes)), sorted(left_out))
+
+
+def fail(path, split=None, key=None, *, found, expected) -> NoReturn:
+  """Raises the error of one fault."""
+  where = "".join(f", {kind} {name!r}" for kind, name in (("split", split), ("key", key)) if name)
+  raise DataError(f"{path}{where}: found {found}, expected {expected}.")
+
+
+def _name_labels(fields, path, split, dataset, notes) -> None:
+  """MulT's files call the labels `labels`."""
+  if "labels" in fields and not any(key in fields for key in LABELS):
+    key = CLASSES if known(NUM_CLASSES, dataset) else REGRESSION
+    fields[key] = fields.pop("labels")
+    notes.append(f"'labels' were read as {key!r}")
+
+
+def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
+  for group in (("audio",), ("vision",), ("text", "text_bert"), LABELS):
+    if not any(key in fields for key in group):
+      keys = f"the keys {sorted(map(str, fields))}"
+      fail(path, split, " or ".join(group), found=keys, expected="this key too")
+  if "id" not in fields:
+    rows = len(fields["audio"])
+    fields["id"] = [f"{split}_{row}" for row in range(rows)]
+    notes.append("there are no ids: samples are named by their split and row")
+  clean = {}
+  for key, rank in RANKS.items():
+    if key not in fields:
+      continue
+    value = fields.pop(key)
+    if key in STRINGS:
+      clean[key] = _texts(value, "$_$" if key == "id" else " ")
+    elif key in LABELS or key.startswith(REGRESSION):
+      clean[key] = _labels(_numbers(value, path, split, key), path, split, key, notes)
+    else:
+      clean[key] = _shaped(_numbers(value, path, split, key), rank, path, split, key)
+  rows = len(clean["id"])
+  if not rows:
+    fail(path, split, "id", found="no rows", expected="at least one sample")
+  for key, value in clean.items():
+    if len(value) != rows:
+      fail(path, split, key, found=f"{len(value)} rows", expected=f"{rows}, as many as ids")
+  return clean
+
+
+def _texts(value, joint: str) -> np.ndarray:
+  """Strings, or tuples of them such as MulT's ids (video, start, end), as str objects."""
+
+  def text(v):
+    if isinstance(v, list | tuple | np.ndarray):
+      return joint.join(text(part) for part in v)
+    return v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v)
+
+  texts = [text(v) for v in value]
+  array = np.empty(len(texts), object)
+  array[:] = texts
+  return array
+
+
+def _numbers(value, path, split, key) -> np.ndarray:
+  try:
+    array = np.asarray(value)
+    if array.dtype.kind in "cmM":
+      raise TypeError(f"its type is {array.dtype}")
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+      with np.errstate(over="ignore"):  # counted later
+        # tolist: rows may be arrays themselves
+        array = np.array(array.tolist() if array.dtype == object else array, np.float32)
+  except (ValueError, TypeError) as error:
+    fail(path, split, key, found=f"no array of numbers ({error})", expected="one of equal rows")
+  if not array.ndim:
+    fail(path, split, key, found="a single number", expected="an array, rows first")
+  return array
+
+
+def _shaped(array, rank, path, split, key) -> np.ndarray:
+  if rank == 1:
+    array = _squeeze(array)
+  if array.ndim != rank:
+    fail(path, split, key, found=f"shape {array.shape}", expected=f"{rank} axes, rows first")
+  if rank == 3 and 0 in array.shape[1:]:
+    expected = "at least one step and one channel; fill a modality that is absent with zeros"
+    fail(path, split, key, found=f"shape {array.shape}", expected=expected)
+  return array
+
+
+def _squeeze(array) -> np.ndarray:
+  """[N, 1, 1] -> [N]."""
+  while array.ndim > 1 and array.shape[-1] == 1:
+    array = array[..., 0]
+  return array
+
+
+def _labels(array, path, split, key, notes) -> np.ndarray:
+  """[N] labels."""
+  array = _squeeze(array)
+  shape = f"shape {array.shape}"
+  if key == CLASSES and array.ndim == 2:
+    if not (np.isin(array, (0, 1)).all() and (array.sum(1) == 1).all()):
+      expected = "[N] classes 0 … C-1, or [N, C] rows with a single 1: one class for each row"
+      fail(path, split, key, found=shape, expected=expected)
+    notes.append(f"{key!r} are one-hot rows of {array.shape[1]} columns and were read as classes")
+    array = array.argmax(1)
+  if array.ndim != 1:
+    expected = "one label for each row, [N]; keep one column, such as labels[:, 0]"
+    fail(path, split, key, found=shape, expected=expected)
+  return array
+
+
+def _at_fault(path, split, key, clean, wrong, expected) -> None:
+  """Fails at the first row that is wrong."""
+  if wrong.any():
+    row = int(np.argmax(wrong))
+    found = f"{clean[key][row]} in row {row} ({clean['id'][row]})"
+    fail(path, split, key, found=found, expected=expected)
+
+
+def _check_values(clean, path, split, dataset, label_range) -> None:
+  names, counts = np.unique(clean["id"].astype(str), return_counts=True)
+  if (counts > 1).any():
+    fail(path, split, "id", found=f"{str(names[counts > 1][0])!r} twice", expected="each id once")
+  if "text_bert" in clean:
+    _check_tokens(clean["text_bert"], path, split)
+  for m in ("audio", "vision"):
+    key, steps = f"{m}_lengths", clean[m].shape[1]
+    if key in clean:
+      lengths = clean[key]
+      right = (lengths >= 0) & (lengths <= steps) & (lengths == np.floor(lengths))
+      expected = f"whole numbers from 0 to {steps}, the steps of {m!r}"
+      _at_fault(path, split, key, clean, ~right, expected)
+  low, high = label_range or known(LABEL_RANGES, dataset) or (-np.inf, np.inf)
+  classes = known(NUM_CLASSES, dataset)
+  for key in clean:
+    if key.startswith(REGRESSION):
+      _at_fault(path, split, key, clean, ~np.isfinite(clean[key]), "a finite label")
+      wrong = (clean[key] < low) | (clean[key] > high)
+      _at_fault(path, split, key, clean, wrong, f"labels from {low:g} to {high:g}")
+  if CLASSES in clean:
+    values = clean[CLASSES]
+    _at_fault(path, split, CLASSES, clean, ~np.isfinite(values), "a finite label")
+    wrong = (values < 0) | (values != np.floor(values)) | (values >= (classes or np.inf))
+    expected = f"whole classes from 0 to {classes - 1 if classes else 'C-1'}; renumber them"
+    _at_fault(path, split, CLASSES, clean, wrong, expected)
+
+
+def _check_tokens(tokens, path, split) -> None:
+  layout = "[N, 3, L]: ids, attention mask, segments"
+  if tokens.shape[1] != 3:
+    fail(path, split, "text_bert", found=f"shape {tokens.shape}", expected=layout)
+  for n, part in enumerate(("id", "attention mask", "segment")):
+    values = tokens[:, n]
+    wrong = ~((values >= 0) & (values == np.floor(values)) & (values < 2**31))
+    if wrong.any():
+      row, step = np.argwhere(wrong)[0]
+      found = f"the {part} {values[row, step]} in row {row}, step {step}"
+      fail(path, split, "text_bert", found=found, expected="whole numbers from 0 on")
+  if not tokens[:, 1].any() and tokens[:, 2].any():
+    found = "an attention mask of zeros and segments that are not"
+    fail(path, split, "text_bert", found=found, expected=layout + ", in this order")
+
+
+def _check_across(arrays, path) -> None:
+  """All splits have the same fields with the same shapes, and no sample stands in two."""
+  first, seen = arrays[SPLITS[0]], {}
+  for split, fields in arrays.items():
+    if fields.keys() != first.keys():
+      key = sorted(fields.keys() ^ first.keys())[0]
+      fail(path, split, key, found="it in some splits only", expected="it in all splits or none")
+    for key, value in fields.items():
+      if value.shape[1:] != first[key].shape[1:]:
+        expected = f"{first[key].shape[1:]}, as in {SPLITS[0]!r}"
+        fail(path, split, key, found=f"rows of shape {value.shape[1:]}", expected=expected)
+    for name in fields["id"]:
+      if seen.setdefault(name, split) != split:
+        found = f"{name!r}, which is in {seen[name]!r} too"
+        fail(path, split, "id", found=found, expected="each id once")
+
+
+def _check_classes(arrays, path, notes) -> None:
+  """Classes begin at 0; one that no training sample has is noted."""
+  if CLASSES not in arrays["train"]:
+    return
+  found = np.unique(np.concatenate([fields[CLASSES] for fields in arrays.values()]))
+  if found[0] > 0:
+    expected = f"classes from 0 on; subtract {found[0]:g}"
+    fail(
+      path, None, CLASSES, found=f"classes from {found[0]:g} on in all splits", expected=expected
+    )
+  unseen = np.setdiff1d(np.arange(found[-1] + 1), arrays["train"][CLASSES])
+  if len(unseen):
+    listed = ", ".join(f"{c:g}" for c in unseen[:9])
+    notes.append(f"train/{CLASSES}: no sample has the class {listed}")
+
+
+def _replace(fields, split, own, notes) -> dict[str, int]:
+  """Features that have no finite float32 value become 0 -> how many, by key."""
+  replaced = {}
+  for key in FEATURES:
+    if key not in fields or fields[key].dtype.kind != "f":
+      continue
+    x = fields[key]
+    for part in padding.blocks(x):
+      with np.errstate(over="ignore"):
+        bad = ~np.isfinite(x[part].astype(np.float32, copy=False))
+      if bad.any():
+        if key not in replaced and not (own and x.flags.writeable):
+          fields[key] = x = x.copy()
+        replaced[key] = replaced.get(key, 0) + int(bad.sum())
+        x[part][bad] = 0
+    if key in replaced:
+      text = "NaN or infinite values (also those beyond float32) became 0"
+      notes.append(f"{split}/{key}: {replaced[key]} {text}")
+  return replaced
