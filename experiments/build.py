@@ -1,5 +1,6 @@
 """From a config to everything that a run needs; nothing here writes a file."""
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ def load_data(config: Config, data_dir: Path) -> data.Dataset:
   return load(str(data_dir), given.pop("name"), **given)
 
 
-def _call(section: str, name: str, factory: Callable[..., Any], *args, **given) -> Any:
+def _call(section: str, name: str, factory: Callable[..., Any], /, *args, **given) -> Any:
   """A factory's result; settings that it refuses are the user's to mend."""
   taken = settings.takes(section, factory)
   if taken is not None:
@@ -150,7 +151,7 @@ def make_optimizers(
   def make(phase):
     steps = train.total_steps(phase, config.train.epochs, rows, config.train.batch_size)
     given = {**settings.plain(config.optimizer), **own.get(phase.name, {})}
-    return _call("optimizer", phase.name, optim.make, **given, total_steps=steps)
+    return _call("optimizer", phase.name, functools.partial(optim.make, total_steps=steps), **given)
 
   return {phase.name: make(phase) for phase in system.phases}
 

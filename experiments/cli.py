@@ -174,6 +174,14 @@ def rate(flag: str, text: str | None) -> tuple[float, float] | None:
   return low, high
 
 
+def rate_text(given: object) -> str:
+  """(0.4, 0.6) -> "0.4,0.6", a single rate "0.5"; anything else as Python writes it."""
+  ends = given if isinstance(given, tuple) else (given,)
+  if not all(isinstance(end, int | float) for end in ends):
+    return str(given)
+  return ",".join(f"{end:g}" for end in dict.fromkeys(ends))
+
+
 def seeds(flag: str, text: str) -> list[int]:
   """ "5" -> [0, 1, 2, 3, 4]; "1111,1112" -> [1111, 1112]; "1111," -> [1111].
 

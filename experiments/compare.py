@@ -73,7 +73,7 @@ def make_variants(training_rates: list[str | None]) -> list[study.Variant]:
     config.train.log_test = True
     short = {"method.name": name, "mask.rate": cli.rate("missing_rate", text)}
     cli.change(config, short, {e: v for e, v in sets.items() if serves(e, name)})
-    rate = text or ",".join(f"{end:g}" for end in config.mask.rate)
+    rate = text or cli.rate_text(settings.plain(config.mask.get("rate", ())))
     columns = {"missing_rate": rate.replace(",", "-"), "method": build.title(config)}
     folder = f"{name.replace(':', '.')}-{rate}"
     found.append(study.Variant(f"{name}, {rate}", config, columns, folder))

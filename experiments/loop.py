@@ -1,4 +1,4 @@
-"""Trains what `build` set up: resumes, checkpoints, stops on a signal; several runs side by side."""
+"""Trains what `build` set up: resumes, checkpoints, stops on a signal; runs side by side."""
 
 import pathlib
 import shutil

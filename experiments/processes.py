@@ -1,5 +1,6 @@
 """The cores of a machine: one training each, or all for one evaluation."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -46,7 +47,8 @@ def cores_as_devices() -> None:
   flags = os.environ.get("XLA_FLAGS", "")
   if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in flags:
     cores = len(_cores()) or os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
+    with contextlib.suppress(RuntimeError):  # too late: something ran already in this process
+      jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
 
 
 class _Child:
@@ -54,8 +56,11 @@ class _Child:
 
   def __init__(self, training: Training, slot: int, core: int | None):
     self.training, self.slot = training, slot
-    self.output: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
-    self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
+    self.files = contextlib.ExitStack()
+    self.output, self.errors = (
+      self.files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
+      for _ in range(2)
+    )
     command = [sys.executable, "-m", "experiments.train", f"--workdir={training.path}"]
     # a session of its own: a Ctrl-C reaches it through us, once
     self.process = subprocess.Popen(
@@ -78,7 +83,7 @@ class _Child:
     for file in (self.output, self.errors):
       file.seek(0)
       texts.append(file.read())
-      file.close()
+    self.files.close()
     return texts[0], texts[1]
 
 

@@ -187,12 +187,11 @@ class Protocol:
 
   def _words(self, binary: str, config: settings.Config) -> dict[str, str]:
     sha256 = data.read_card(self.data_dir, self.dataset)["sha256"]
-    rate = settings.plain(config.mask.rate)
-    told = ",".join(f"{end:g}" for end in (rate if isinstance(rate, tuple) else (rate,)))
+    rate = cli.rate_text(settings.plain(config.mask.get("rate", ())))
     seeds = ", ".join(str(seed) for seed in self.seeds)
     return {
       "command": shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]]),
-      "training": f"{build.title(config)}, missing rate {told}, {config.mask.name} masks, seeds"
+      "training": f"{build.title(config)}, missing rate {rate}, {config.mask.name} masks, seeds"
       f" {seeds}",
       "selection": page.selection_in_words(build.is_oracle(config), self._value["valid_rate"]),
       "test": f"{len(self.mask_seeds)} masks per run and condition, the same for all variants",

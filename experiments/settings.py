@@ -6,6 +6,7 @@ factory's defaults; what they may hold is what the factory takes.
 """
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import pathlib
@@ -173,10 +174,8 @@ def _convert(name: str, value: Any, like: Any) -> Any:
   if isinstance(like, str):
     return str(value)
   if isinstance(value, str):
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):
       value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-    except (ValueError, SyntaxError):
-      pass
   value = plain(value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if isinstance(like, bool):

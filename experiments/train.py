@@ -98,9 +98,8 @@ def main():
         "there is no checkpoint yet" if newest is None else f"the last one is of step {newest}"
       )
       sys.exit(f"Stopped: {error} Checkpoints are in {_WORKDIR.value}/checkpoints; {where}.")
-  print(
-    f"{workdir.told(progress.best)}. Next:\n  python -m experiments.evaluate --workdir={_WORKDIR.value}"
-  )
+  print(f"{workdir.told(progress.best)}. Next:")
+  print(f"  python -m experiments.evaluate --workdir={_WORKDIR.value}")
 
 
 if __name__ == "__main__":

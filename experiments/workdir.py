@@ -148,7 +148,7 @@ def prepare(path: Path, asked: dict[str, Any], data_dir: Path) -> None:
 
 
 class Workdir:
-  """Opens or creates the folder of a run, to train in it. Of several processes the first alone writes.
+  """Opens or creates the folder of a run, to train in it. Of several processes the first writes.
 
   Args:
     path: the folder.

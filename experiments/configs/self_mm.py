@@ -6,8 +6,8 @@ python -m experiments.train --config=experiments/configs/self_mm.py:sims \
 
 from experiments.configs import common
 
-# MMSA's settings per dataset: the model, where it differs from its own (MOSI's), and the weight decay and rate of its parts. Pairs are
-# of audio and vision, fours of the heads: fusion, text, audio, vision.
+# MMSA's settings per dataset: of the model, where they differ from its own (MOSI's), and of the
+# parts' optimizers. Pairs are of audio and vision, fours of the heads: fusion, text, audio, vision.
 MODEL = {
   "mosi": dict(),
   "mosei": dict(head_dropout=(0.1, 0.0, 0.0, 0.0)),

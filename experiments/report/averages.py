@@ -1,4 +1,4 @@
-"""Means over the missing data: averages, areas, differences, the LNLN paper's values beside ours."""
+"""Means over the missing data: areas, differences, the LNLN paper's values beside ours."""
 
 import pathlib
 from collections.abc import Sequence
