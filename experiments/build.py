@@ -183,21 +183,6 @@ def is_oracle(config: Config) -> bool:
   return config.train.select.startswith("test/")
 
 
-def check(config: Config) -> None:
-  """Raises a `UsageError` on values that no run can have."""
-  for name, least in (("batch_size", 1), ("epochs", 1), ("patience", 0)):
-    if (value := config.train[name]) < least:
-      raise types.UsageError(f"config.train.{name}={value}: expected at least {least}.")
-  if config.seed < 0:
-    raise types.UsageError(f"config.seed={config.seed}: expected at least 0.")
-  for name in (f"{part}.rate" for part in ("mask", "valid") if "rate" in config[part]):
-    rate = config[name.split(".")[0]].rate
-    ends = rate if isinstance(rate, tuple) else (rate,)
-    numbers = all(isinstance(end, int | float) for end in ends)
-    if numbers and not (len(ends) in (1, 2) and 0 <= ends[0] <= ends[-1] <= 1):
-      raise types.UsageError(f"config.{name}={rate}: expected 0 <= LOW <= HIGH <= 1, as 0.4,0.6.")
-
-
 def make_run(config: Config, dataset: data.Dataset) -> Run:
   """Sets a training run up.
 
@@ -211,7 +196,7 @@ def make_run(config: Config, dataset: data.Dataset) -> Run:
   Raises:
     UsageError: on what the config cannot have.
   """
-  check(config)
+  settings.check(config)
   system, train_settings = make_system(config), config.train
   recipe = train.Recipe(
     system=system,

@@ -153,6 +153,7 @@ def change(
       raise types.UsageError(
         f"config.{name} is {value!r} by its own flag and {sets.get(name)!r} by --set or --config."
       )
+  settings.check(config)
   return config
 
 

@@ -84,7 +84,7 @@ def takes(section: str, found: Any) -> dict[str, Any] | None:
 def known(config: Config, path: tuple[str, ...]) -> dict[str, Any] | None:
   """The entries that may stand at a path, with their defaults; None if any may."""
   if not path:
-    return dict.fromkeys(config)
+    return dict.fromkeys([*config, "phase_optimizer"])
   if path[-1] == "optimizer" or (path[0] == "phase_optimizer" and len(path) == 2):
     return takes("optimizer", optim.make)
   if len(path) > 1 or path[0] == "phase_optimizer":
@@ -197,6 +197,21 @@ def _convert(name: str, value: Any, like: Any) -> Any:
   if not right:
     raise types.UsageError(f"config.{name}={value}: expected {kind}, as {like!r}.")
   return value
+
+
+def check(config: Config) -> None:
+  """Raises a `UsageError` on values that no run can have."""
+  for name, least in (("batch_size", 1), ("epochs", 1), ("patience", 0)):
+    if (value := config.train[name]) < least:
+      raise types.UsageError(f"config.train.{name}={value}: expected at least {least}.")
+  if config.seed < 0:
+    raise types.UsageError(f"config.seed={config.seed}: expected at least 0.")
+  for name in (f"{part}.rate" for part in ("mask", "valid") if "rate" in config[part]):
+    rate = config[name.split(".")[0]].rate
+    ends = rate if isinstance(rate, tuple) else (rate,)
+    numbers = all(isinstance(end, int | float) for end in ends)
+    if numbers and not (len(ends) in (1, 2) and 0 <= ends[0] <= ends[-1] <= 1):
+      raise types.UsageError(f"config.{name}={rate}: expected 0 <= LOW <= HIGH <= 1, as 0.4,0.6.")
 
 
 def plain(tree: Any) -> Any:
