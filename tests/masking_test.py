@@ -20,7 +20,18 @@ MASKS = {
   "bernoulli": masking.bernoulli((0.0, 1.0), complete_share=0.5),
   "drop": masking.drop(("text", "vision")),
   "random_drop": masking.random_drop(),
+  "mixture": masking.mixture([masking.span(0.3), masking.drop(("audio",))]),
   "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
+}
+
+
+DRAWN = {
+  "bernoulli": [1023, 1023, 1023, 176, 1023, 1023, 1018, 1023],
+  "compose": [127, 571, 575, 967, 911, 993, 31, 760],
+  "drop": [1023, 1023, 1023, 1023, 1023, 1023, 1023, 1023],
+  "mixture": [0, 575, 575, 967, 911, 995, 0, 0],
+  "random_drop": [1023, 1023, 0, 0, 0, 1023, 1023, 1023],
+  "span": [899, 1016, 1008, 31, 995, 896, 903, 960],
 }
 
 
@@ -118,7 +129,7 @@ def test_mask_fns_equal_the_recorded_rule_under_their_own_draws(recorded):
 
 
 def test_span_length_in_float32_is_exact_for_tenths_and_at_most_one_short_for_hundredths():
-  hundredth, length = np.arange(101)[:, None], np.arange(1, 513)
+  hundredth, length = np.arange(101)[:, None], np.arange(1, 513)[None]
   _, k = masking.span_bounds(0.0, np.float32(hundredth / 100), length)
   short = length * hundredth // 100 - np.asarray(k)
   assert short.min() == 0 and short.max() == 1 and short.sum() == 26
@@ -219,7 +230,9 @@ def test_feature_axis_hides_the_same_channels_at_every_step():
 # --- tokens, drops, composition
 
 
-@pytest.mark.parametrize("mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop(("text",))])
+@pytest.mark.parametrize(
+  "mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop(("text",))]
+)
 def test_tokens_become_unk_but_for_both_ends_and_padding(mask):
   batch = make_batch()
   masked = draw(mask, batch)
@@ -264,6 +277,57 @@ def test_random_drop_at_the_ends_of_the_rate():
   np.testing.assert_array_equal(none, [1, 0, 0, 0, 0, 0, 0, 0])
   most = drawn_subsets(masking.random_drop(1.0, subsets=masking.SUBSETS[:7]))
   assert most[[3, 5, 6]].sum() == 1 and (most[[3, 5, 6]] > 0).all()
+
+
+def test_random_drop_takes_rates_of_its_modalities_and_intervals():
+  """Each modality on its own: P(text gone) = 0.2, audio always, vision E[r] = 0.5."""
+  rates = {"text": 0.2, "audio": 1.0, "vision": (0.0, 1.0)}
+  found = drawn_subsets(masking.random_drop(rates, subsets=masking.SUBSETS))
+  expected = [0, 0, 0.8 * 0.5, 0.2 * 0.5, 0, 0, 0.8 * 0.5, 0.2 * 0.5]
+  np.testing.assert_allclose(found, expected, atol=0.025)
+
+
+def test_a_mixture_draws_one_mask_for_each_sample_by_its_shares():
+  batch = many(length=8)
+  masks = [{"name": "drop", "missing": [name]} for name in types.MODALITIES]
+  mask = masking.mixture([*masks, masking.span(0.5)], shares=[3, 0, 1, 4])
+  seen = np.stack([missing_rate(s) for s in seen_of(draw(mask, batch, 7)).values()], 1)
+  kinds, counts = np.unique(seen, axis=0, return_counts=True)
+  np.testing.assert_array_equal(kinds, [[0, 0, 1], [0.5, 0.5, 0.5], [1, 0, 0]])
+  np.testing.assert_allclose(counts / 4000, [1 / 8, 4 / 8, 3 / 8], atol=0.03)
+  equal = np.stack([missing_rate(s) for s in seen_of(draw(masking.mixture(masks), batch)).values()])
+  np.testing.assert_allclose(equal.mean(1), 1 / 3, atol=0.03)
+
+
+def test_the_members_of_a_mixture_have_keys_of_their_own():
+  """And each is the mask that it is alone, of its own samples."""
+  batch, key = make_batch(40), jax.random.key(0)
+  one = masking.span(0.5)
+  mixed = seen_of(masking.mixture([one, one, masking.span(0.5, axis="time")])(key, batch))["audio"]
+  alone = [seen_of(one(jax.random.fold_in(key, i), batch))["audio"] for i in range(3)]
+  assert all((mixed == a).all((1, 2)).any() and not (mixed == a).all() for a in alone)
+  assert np.any([(mixed == a).all((1, 2)) for a in alone], 0).all()
+
+
+def test_a_mixture_joins_step_and_feature_masks():
+  batch = make_batch(tokens=False)
+  masks = [masking.span(0.5, axis="feature"), masking.drop(("vision",))]
+  seen = draw(masking.mixture(masks, shares=(1, 0)), batch).vision.seen
+  np.testing.assert_array_equal(seen.sum(-1), 2)
+  gone = draw(masking.mixture(masks, shares=(0, 1)), batch).vision.seen
+  np.testing.assert_array_equal(gone, np.repeat(~np.asarray(batch.vision.valid)[..., None], 4, -1))
+
+
+def test_the_rate_of_a_mixture_is_that_of_its_members_without_one():
+  batch = make_batch(tokens=False)
+  masks = [{"name": "span"}, {"name": "bernoulli", "rate": 0.0}, {"name": "drop", "missing": []}]
+  together = {"name": "compose", "masks": masks, "rate": 1.0}
+  for name, seen in seen_of(draw(masking.make(**together), batch)).items():
+    np.testing.assert_array_equal(seen[..., 0], ~np.asarray(getattr(batch, name).valid))
+  nested = masking.mixture([together | {"rate": 0.0}, {**together, "rate": 0.0}])
+  assert all(seen.all() for seen in seen_of(draw(nested, batch)).values())
+  traced = jax.jit(lambda r: masking.compose(masks, rate=r)(jax.random.key(0), batch))(0.5)
+  chex.assert_trees_all_equal(traced, masking.compose(masks, 0.5)(jax.random.key(0), batch))
 
 
 def test_compose_takes_the_union_of_what_its_masks_take():
@@ -315,6 +379,42 @@ def test_a_samples_mask_depends_on_neither_batch_size_nor_order(name):
         for a, b in zip(seen_of(changed).values(), seen_of(whole).values(), strict=True)
       ]
       assert not all(same)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_samples_mask_depends_on_the_sample_alone_under_keys_of_rbg(name, impl):
+  """Usual on TPUs: vmapped draws of rbg hang on all the keys; ORIG's fixed masks would change."""
+  batch, key, mask = make_batch(), jax.random.key(3, impl=impl), MASKS[name]
+  rows = np.array([5, 2])
+  whole, legacy = mask(key, batch), mask(jax.random.PRNGKey(3, impl=impl), batch)
+  part = mask(key, jax.tree.map(lambda a: a[rows], batch))
+  chex.assert_trees_all_equal(part, jax.tree.map(lambda a: a[rows], whole))
+  chex.assert_trees_all_equal(legacy, whole)
+  if name != "drop":
+    chex.assert_trees_all_equal_shapes(whole, mask(jax.random.key(4, impl=impl), batch))
+    others = [seen_of(mask(jax.random.key(seed, impl=impl), batch)) for seed in (4, 5)]
+    assert any((other[m] != seen_of(whole)[m]).any() for other in others for m in other)
+
+
+def test_threefry_keys_keep_their_bits_and_all_words_of_others_count():
+  key = jax.random.key(3)
+  for same in (key, jax.random.PRNGKey(3)):
+    assert masking.threefry(same) == key
+  words = np.uint32([1, 2, 3, 4])
+  variants = [words] + [words + np.uint32(np.arange(4) == i) for i in range(4)]
+  found = {tuple(jax.random.key_data(masking.threefry(jnp.asarray(w))).tolist()) for w in variants}
+  assert len(found) == 5
+
+
+def test_draws_stay_what_they_are():
+  """Recorded once: whoever changes a draw changes every number that was published with it."""
+  batch, key = many(8, 10), jax.random.key(12)
+  found = {}
+  for name, mask in MASKS.items():
+    seen = np.asarray(mask(key, batch).audio.seen)[..., 0]
+    found[name] = (seen @ 2 ** np.arange(10)).tolist()  # a sample's steps as the bits of a number
+  assert found == DRAWN
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -417,6 +517,61 @@ def test_other_wrong_arguments_are_refused():
     masking.random_drop(subsets=("text", "audio"))  # names where sets of names are expected
   with pytest.raises(ValueError, match="subset"):
     masking.random_drop(subsets=())
+
+
+def test_a_mask_of_a_config_is_the_factory_with_its_settings():
+  batch = make_batch(tokens=False)
+  assert set(masking.MASKS) >= {"span", "bernoulli", "random_drop", "drop", "mixture", "compose"}
+  for settings, mask in (
+    (
+      {"name": "span", "rate": [0.2, 0.8], "axis": "feature"},
+      masking.span((0.2, 0.8), axis="feature"),
+    ),
+    ({"name": "bernoulli", "rate": {"audio": 0.5}}, masking.bernoulli({"audio": 0.5})),
+    (
+      {"name": "random_drop", "subsets": [["text"], []]},
+      masking.random_drop(subsets=[["text"], []]),
+    ),
+    ({"name": "mmjax.masking:span", "rate": 0.3}, masking.span(0.3)),
+  ):
+    made = masking.make(**json.loads(json.dumps(settings)))
+    chex.assert_trees_all_equal(draw(made, batch), draw(mask, batch))
+  family = masking.family("bernoulli", complete_share=1.0)
+  assert masking.takes_rate(family) and not masking.takes_rate(masking.drop)
+  assert all(seen.all() for seen in seen_of(draw(family(rate=1.0), batch)).values())
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"name": "spam", "rate": 0.3}, "'span'"),
+    ({"name": "span", "rate": 0.3, "axes": "time"}, "'axis'"),
+    ({"name": "span"}, "needs the setting 'rate'"),
+    ({"name": "drop"}, "needs the setting 'missing'"),
+    ({"name": "span", "rate": "abc"}, "numbers"),
+    ({"name": "span", "rate": ["0.1", 0.2]}, "numbers"),
+    ({"name": "mixture", "masks": []}, "at least one"),
+    ({"name": "mixture", "masks": {"name": "span"}}, "list"),
+    ({"name": "mixture", "masks": [{"rate": 0.5}]}, "no 'name'"),
+    ({"name": "mixture", "masks": [{"name": "span"}]}, "needs the setting 'rate'"),
+    ({"name": "compose", "masks": [{"name": "span", "rate": 0.1}], "rate": 0.5}, "none of its"),
+    ({"name": "mixture", "masks": [{"name": "drop", "missing": []}], "shares": [1, 2]}, "shares"),
+    ({"name": "mixture", "masks": [{"name": "drop", "missing": []}], "shares": [0]}, "shares"),
+    ({"name": "mixture", "masks": [{"name": "drop", "missing": []}], "shares": [-1]}, "shares"),
+  ],
+)
+def test_wrong_settings_of_a_mask_are_told(settings, message):
+  with pytest.raises(types.UsageError, match=message):
+    masking.make(**settings)
+
+
+def test_masks_in_words():
+  found = masking.describe("bernoulli", rate=(0.0, 1.0), complete_share=0.5)
+  assert found.endswith("(LNLN, and TFR-Net in MMSA); rate 0-1, complete_share 0.5")
+  masks = [{"name": "drop", "missing": ["text", "audio"]}, {"name": "span", "rate": {"text": 0.1}}]
+  found = masking.describe("mixture", masks=masks, shares=[1, 2, 3])
+  assert "missing text + audio)" in found and "rate text 0.1)" in found and "1 + 2 + 3" in found
+  assert all(masking.describe(name) for name in masking.MASKS)
 
 
 # --- no leakage

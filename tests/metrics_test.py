@@ -183,6 +183,7 @@ def test_a_scale_has_its_metrics_in_the_order_of_the_tables(scale):
   assert tuple(plain) == metrics.names(spec)
   assert len(found) - len(plain) == {"sentiment": 2, "sims": 1}.get(scale, 0)
   assert plain == getattr(metrics, scale)(prediction, label)
+  assert plain == metrics.compute(spec, prediction, label)
   assert all(scale in metrics.info(name).needs for name in found)
 
 
@@ -218,7 +219,7 @@ def test_what_is_known_of_a_metric():
   assert metrics.info("mae").better == "min"
   assert all(m.better == "max" for name, m in metrics.METRICS.items() if name != "mae")
   assert metrics.info("f1_12") == ("max", "F1 of class 12", False, ("classification",))
-  swapped = metrics.info("f1_non0_swapped")
+  swapped = metrics.info("f1_swapped")
   assert swapped.title.endswith("swapped") and not swapped.headline and swapped.better == "max"
   for wrong in ("f1_x", "acc_swapped", "loss", "f1_3_swapped"):
     with pytest.raises(types.UsageError, match=wrong):

@@ -113,9 +113,10 @@ def span_mask(start: types.Array, k: types.Array, size: int) -> types.Array:
   Returns:
     [..., size] bool.
   """
-  start, k = jnp.asarray(start)[..., None], jnp.asarray(k)[..., None]
-  step = jnp.arange(size).reshape(*[1] * (start.ndim - 1), size)
-  return (step < start) | (step >= start + k)
+  start, k = jnp.asarray(start, jnp.int32), jnp.asarray(k, jnp.int32)
+  start, end = start[..., None], (start + k)[..., None]
+  step = jnp.arange(size, dtype=jnp.int32).reshape(*[1] * (start.ndim - 1), size)
+  return (step < start) | (step >= end)
 
 
 def step_mask(u: types.Array, rate: types.Array, valid: types.Array) -> types.Array:

@@ -81,5 +81,5 @@ def _steps(z, tag: str, modality: str) -> Iterator[Row]:
   yield at, "mask", np.asarray(seen & valid), z[f"{at}/missing_mask"]
 
   m = types.modality(x, valid, seen if tokens else seen[..., None], fill=UNK if tokens else 0)
-  output = masking.observed(m) * (valid if tokens else valid[..., None])  # theirs zeroes padding
-  yield at, "output", np.asarray(output), z[f"{at}/output"]
+  kept = valid if tokens else valid[..., None]
+  yield at, "output", np.where(kept, masking.observed(m), 0), z[f"{at}/output"]  # padding is 0
