@@ -359,7 +359,7 @@ def _batches(builder, split: str, size: int = 512, **options) -> Iterator[dict[s
     yield from tfds.as_numpy(dataset)
     return
   kinds = {key: feature.np_dtype for key, feature in builder.info.features.items()}
-  for row in builder.as_data_source(split, **options):
+  for row in builder.as_data_source(split):
     yield {key: np.array([value], kinds[key]) for key, value in row.items()}
 
 

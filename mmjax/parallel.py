@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "batch"
 
-_MESH = contextvars.ContextVar("mmjax_mesh", default=None)
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mmjax_mesh", default=None)
 
 
 def make_mesh(batch_size: int) -> Mesh | None:
@@ -59,7 +59,7 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _place(leaf, sharding):
-  if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+  if jax.numpy.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
     data = _place(jax.random.key_data(leaf), sharding)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
   if getattr(leaf, "sharding", None) == sharding:

@@ -1,7 +1,7 @@
 """Training splits that stay on disk: read and shuffled while the device computes."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +73,7 @@ class Stream(NamedTuple):
     """
     seeds = np.asarray(jax.random.bits(key, (draws, 2), "uint32")).astype(np.int64)
     own = batch_size // jax.process_count()
-    serialized = FORMATS[self.builder.info.file_format.value](self.builder)
+    serialized = _reader(self.builder)
     # read and parsed as batches: row by row it takes twice the time
     passes = [
       serialized(*self._part(turn), self.buffer, seed, own).map(self._parse) for turn, seed in seeds
@@ -88,11 +88,24 @@ class Stream(NamedTuple):
     first, end = (self.rows * n // hosts for n in (host, host + 1))
     return first, first + turn % (end - first), end
 
-  def _parse(self, index, examples):
+  def columns(self, keys: Sequence[str], size: int = 4096) -> dict[str, np.ndarray]:
+    """Some fields of all rows, in order; only these are decoded, `size` rows at a time."""
+    serialized = _reader(self.builder)
+    parse = functools.partial(self._parse, keys=keys)
+    parts = [
+      fields
+      for _, fields in serialized(0, 0, self.rows, 1, 0, size, whole=False)
+      .map(parse)
+      .as_numpy_iterator()
+    ]
+    return {key: np.concatenate([part[key] for part in parts]) for key in keys}
+
+  def _parse(self, index, examples, keys=None):
     """[B] serialized examples, as `data_prep.builder` writes them -> their fields."""
     import tensorflow as tf
 
-    features = dict(self.builder.info.features)
+    features = self.builder.info.features
+    features = {key: features[key] for key in (features if keys is None else keys)}
     layout = {key: tf.io.FixedLenFeature((), tf.string) for key in features}
     fields = tf.io.parse_example(examples, layout)
     for key, feature in features.items():
@@ -106,9 +119,10 @@ class Stream(NamedTuple):
 
 
 def _tfrecords(builder: Any) -> Callable:
-  """`(first, turn, end, buffer, seed, own) -> Dataset` of ([own] index, [own] serialized rows).
+  """`(first, turn, end, buffer, seed, own, whole) -> Dataset` of [own] indices with their rows.
 
-  The rows [turn, end) and then [first, turn), shuffled in a buffer; a file is read in order.
+  The rows [turn, end) and then [first, turn), shuffled in a buffer and serialized; a file is read
+  in order. `whole` leaves out a last batch of less than `own` rows.
   """
   import tensorflow as tf
 
@@ -126,10 +140,10 @@ def _tfrecords(builder: Any) -> Callable:
     ]
     return functools.reduce(tf.data.Dataset.concatenate, files).enumerate(start)
 
-  def serialized(first, turn, end, buffer, seed, own):
+  def serialized(first, turn, end, buffer, seed, own, whole=True):
     rows = read(turn, end)
     rows = rows.concatenate(read(first, turn)) if turn > first else rows
-    return rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=True)
+    return rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=whole)
 
   return serialized
 
@@ -145,13 +159,13 @@ def _array_records(builder: Any) -> Callable:
   def fetch(index):
     return np.array(records.__getitems__(index.tolist()), object)
 
-  def serialized(first, turn, end, buffer, seed, own):
+  def serialized(first, turn, end, buffer, seed, own, whole=True):
     rows = tf.data.Dataset.range(turn, end).concatenate(tf.data.Dataset.range(first, turn))
-    index = rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=True)
+    index = rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=whole)
 
     def with_rows(index):
       found = tf.numpy_function(fetch, [index], tf.string)
-      return index, tf.ensure_shape(found, (own,))
+      return index, tf.ensure_shape(found, index.shape)
 
     return index.map(with_rows)
 
@@ -163,6 +177,13 @@ FORMATS: Mapping[str, Callable[[Any], Callable]] = {
   "tfrecord": _tfrecords,
   "array_record": _array_records,
 }
+
+
+def _reader(builder: Any) -> Callable:
+  kind = builder.info.file_format.value
+  if kind not in FORMATS:
+    raise data.DataError(f"{builder.name} is stored as {kind}; what streams are {list(FORMATS)}.")
+  return FORMATS[kind](builder)
 
 
 def make_program(
@@ -212,7 +233,9 @@ class _Steps:
       for one in (key if self._together else [key])
     ]
     if self._together:
-      return (jax.tree.map(lambda *rows: jnp.stack(rows), *runs) for runs in zip(*passes))
+      return (
+        jax.tree.map(lambda *rows: jnp.stack(rows), *runs) for runs in zip(*passes, strict=True)
+      )
     return (parallel.assemble(drawn, self._mesh) for drawn in passes[0])
 
 
@@ -238,11 +261,8 @@ def open_dataset(
     DataError: if there is no complete dataset of that name, or a key is missing.
   """
   tfds = data.import_tfds()
-  builder = tfds.builder_from_directory(str(data.dataset_folder(data_dir, name)))
-  if builder.info.file_format.value not in FORMATS:
-    raise data.DataError(
-      f"{name} is stored as {builder.info.file_format.value}; what streams are {list(FORMATS)}."
-    )
+  builder: Any = tfds.builder_from_directory(str(data.dataset_folder(data_dir, name)))
+  _reader(builder)  # refuses other formats at once
   held = data.read_arrays(data_dir, name, splits=("valid", "test"))
   arrays = {"train": data.read_columns(builder, "train[:1]"), **held}
   dataset = data.make_dataset(arrays, name=name, text=text, task=task)
@@ -253,19 +273,27 @@ def open_dataset(
   example, valid, test = (
     data.scale(batch, moments) for batch in (dataset.train, dataset.valid, dataset.test)
   )
+  train = Stream(
+    builder,
+    builder.info.splits["train"].num_examples,
+    example,
+    {"text": text, "task": task},
+    moments,
+    buffer,
+  )
   # the few small columns as a whole
   label = "regression_labels" if task == "regression" else "classification_labels"
-  decoders = tfds.decode.PartialDecoding({"id": True, label: True})
-  columns = data.read_columns(builder, "train", decoders=decoders)
+  columns = train.columns(["id", label])
   labels = np.concatenate([columns[label].reshape(-1), valid.label, test.label])
   spec = data.make_spec(example, labels, name, task, label_range, card.get("largest_id"))
-  train = Stream(
-    builder, len(columns["id"]), example, {"text": text, "task": task}, moments, buffer
-  )
   return dataset._replace(
     train=train,
     valid=valid,
     test=test,
     spec=spec._replace(num_train=train.rows),
-    ids={**dataset.ids, "train": [str(i) for i in columns["id"]]},
+    ids={**dataset.ids, "train": [_text(i) for i in columns["id"]]},
   )
+
+
+def _text(value) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)

@@ -118,9 +118,14 @@ def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainS
     for number, phase in enumerate(recipe.system.phases):
       trained = optim.split(params, phase.trains)[0]
       if recipe.method.init is not None:
+        if not isinstance(trained, Mapping) or "method" in trained:
+          raise types.UsageError(
+            "a method with parameters of its own trains a system whose parameters are a dict"
+            ' without an entry "method".'
+          )
         own[phase.name] = recipe.method.init(jax.random.fold_in(key, number), trained)
       tree = _joined(recipe.method, trained, own.get(phase.name))
-      opt[phase.name] = recipe.optimizers[phase.name].init(tree)
+      opt[phase.name] = optim.permissive(recipe.optimizers[phase.name]).init(tree)
     return opt, own
 
   opt, own = init_phases(params, jax.random.fold_in(key, METHOD_INIT))
@@ -131,14 +136,7 @@ def create(recipe: Recipe, spec: types.Spec, key: types.PRNGKey) -> types.TrainS
 
 def _joined(method: types.Method, trained: types.Params, own: types.Params) -> types.Params:
   """The one tree that a phase's optimizer trains: the parameters, and the method's own."""
-  if method.init is None:
-    return trained
-  if not isinstance(trained, Mapping) or "method" in trained:
-    raise types.UsageError(
-      "a method with parameters of its own trains a system whose parameters are a dict without"
-      ' an entry "method".'
-    )
-  return {**trained, "method": own}
+  return trained if method.init is None else {**trained, "method": own}
 
 
 def _parted(method: types.Method, tree: types.Params) -> tuple[types.Params, types.Params]:
@@ -157,7 +155,7 @@ def make_step(
   `phase.trains` finds are differentiated, in the inner loop of a meta-gradient too.
   """
   method = recipe.method
-  optimizer = optax.with_extra_args_support(recipe.optimizers[phase.name])
+  optimizer = optim.permissive(recipe.optimizers[phase.name])
 
   def step(state, batch, key):
     trained, constant = optim.split(state.params, phase.trains)
@@ -304,16 +302,19 @@ def fit(
   """
   source, one = sources.as_source(source), isinstance(evaluators, Mapping)
   _check_recipe(recipe, source)
-  runs = ([evaluators], [progress], [key]) if one else tuple(map(list, (evaluators, progress, key)))
-  if len({len(part) for part in runs}) != 1 or not runs[0]:
+  evaluators, progresses, keys = (
+    [part] if one else list(part) for part in (evaluators, progress, key)
+  )
+  if not len(evaluators) == len(progresses) == len(keys) > 0:
     raise types.UsageError("runs side by side need as many evaluators as progresses and keys.")
   if not one and recipe.mesh is not None:
     raise types.UsageError("runs side by side train on one device: the recipe's mesh must be None.")
-  for its, where in zip(*runs[:2], strict=True):
+  for its, where in zip(evaluators, progresses, strict=True):
     _check_select(recipe, its, where)
   if not one:
-    return _fit(recipe, source, *runs, seconds, pause, together=True)
-  alone = _fit(recipe, source, *runs, seconds, lambda all_: pause(all_[0]), together=False)
+    return _fit(recipe, source, evaluators, progresses, keys, seconds, pause, together=True)
+  first = lambda progresses: pause(progresses[0])  # noqa: E731
+  alone = _fit(recipe, source, evaluators, progresses, keys, seconds, first, together=False)
   return (report for (report,) in alone)
 
 
@@ -371,12 +372,12 @@ def _fit(recipe, source, evaluators, progresses, keys, seconds, pause, *, togeth
           pause(list(progresses))
       for n in active:
         progresses[n] = progresses[n]._replace(phase=np.int32(number + 1), done=np.int32(0))
-    reports = [None] * len(progresses)
+    reports: list[EpochReport | None] = [None] * len(progresses)
     for n in active:
       now = parallel.local((progresses[n].state.params, progresses[n].state.extra))
       evaluated = {name: dict(evaluate(*now)) for name, evaluate in evaluators[n].items()}
-      reports[n] = _finish_epoch(recipe, progresses[n], evaluated, source.rows, batch_size)
-      progresses[n] = reports[n].progress
+      report = _finish_epoch(recipe, progresses[n], evaluated, source.rows, batch_size)
+      reports[n], progresses[n] = report, report.progress
     yield reports
 
 
@@ -460,8 +461,9 @@ def _direction(name: str) -> float:
     return 1.0 if metrics.info(metric).better == "max" else -1.0
   except (KeyError, types.UsageError):
     raise types.UsageError(
-      f"select {name!r}: metrics.METRICS does not tell whether more of {metric!r} is"
-      f" better{registry.nearest(metric, metrics.METRICS)}; a metric of your own needs a row there."
+      f"select {name!r}: there is no metric {metric!r}"
+      f"{registry.nearest(metric, metrics.METRICS)}; there are {', '.join(metrics.METRICS)}. One of"
+      " your own needs a row in metrics.METRICS, which tells whether more of it is better."
     ) from None
 
 

@@ -1,12 +1,20 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mmjax import optim
+from mmjax import optim, types
 
 PARAMS = {"bert": {"w": jnp.ones(3)}, "audio": {"w": jnp.ones(2), "b": jnp.ones(())}}
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+  """Schedules and optimizers of optax, called without ours around them, promote."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 def updates(optimizer, grads, params=PARAMS, count=1):
@@ -81,13 +89,126 @@ def test_schedules(name, at, expected):
   np.testing.assert_allclose(rate(at), expected, atol=1e-6)
 
 
-def test_unknown_settings_are_named():
-  with pytest.raises(ValueError, match="adagrad"):
-    optim.make(name="adagrad")
-  with pytest.raises(ValueError, match="rate_typo"):
-    optim.make(groups=(("bert", dict(rate_typo=1)),))
-  with pytest.raises(ValueError, match="peek"):
-    optim.schedule({"name": "cosine", "peak": 1.0, "peek": 1}, 10)
+@pytest.mark.parametrize("total", [10, 100])
+@pytest.mark.parametrize("warmup, end", [(0.1, 0.0), (0.3, 0.2)])
+def test_a_cosine_respects_its_warmup(total, warmup, end):
+  rate = optim.schedule({"name": "cosine", "peak": 2.0, "warmup": warmup, "end": end}, total)
+  rise = int(warmup * total)
+  at = np.arange(total + 1)
+  turn = np.pi * (at - rise) / (total - rise)
+  expected = 2 * np.where(at < rise, at / rise, end + (1 - end) * (1 + np.cos(turn)) / 2)
+  np.testing.assert_allclose([rate(n) for n in at], expected, atol=1e-6)
+
+
+def test_a_rate_that_moves_once_an_epoch():
+  """By hand, ten epochs of four steps: a rise over 2, one more at the peak, then the cosine."""
+  settings = {"name": "epoch_warmup_cosine", "peak": 1.0, "epochs": 10, "warmup": 0.2}
+  rate = optim.schedule(settings, 40)
+  epochs = np.arange(10)
+  cosine = 0.5 * (1 + np.cos(np.pi * (epochs - 2 - 1) / 8))
+  expected = np.repeat(np.where(epochs <= 2, epochs / 2, cosine), 4)
+  np.testing.assert_allclose([rate(jnp.int32(n)) for n in range(40)], expected, atol=1e-6)
+
+
+def test_schedules_and_optimizers_of_optax_by_their_names():
+  rate = optim.schedule(
+    {
+      "name": "polynomial_schedule",
+      "init_value": 1.0,
+      "end_value": 0.0,
+      "power": 2,
+      "transition_steps": 10,
+    },
+    99,
+  )
+  np.testing.assert_allclose(rate(5), 0.25)
+  for name, settings in {
+    "adam": dict(b1=0.5, b2=0.6, eps=1e-3),
+    "adamw": dict(b2=0.9, weight_decay=0.3),
+    "sgd": dict(momentum=0.9, nesterov=True),
+    "lion": dict(weight_decay=0.1),
+    "rmsprop": dict(decay=0.5),
+  }.items():
+    ours = optim.make(name=name, learning_rate=0.1, **settings)
+    theirs = getattr(optax, name)(0.1, **settings)
+    chex.assert_trees_all_equal(*(updates(o, ones(0.3), count=3) for o in (ours, theirs)))
+
+
+def test_polyak_reads_the_value_through_the_whole_chain():
+  optimizer = optim.make(name="polyak_sgd", max_learning_rate=10.0, clip_value=9.0, accumulate=2)
+  state = optimizer.init(PARAMS)
+  for _ in range(2):
+    found, state = optimizer.update(ones(0.5), state, PARAMS, value=3.0)
+  # sums of two gradients of 0.5: the rate is 3 / |1|², of six entries
+  np.testing.assert_allclose(found["audio"]["b"], -0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(name="adamm"), "unknown optimizer 'adamm' .did you mean 'adam"),
+    (
+      dict(bb1=0.9),
+      "optimizer 'adam' has no setting 'bb1' .did you mean 'b1'.*; there are learning_rate, .*eps",
+    ),
+    (dict(name="sgd", b1=0.9), "optimizer 'sgd' has no setting 'b1'.*momentum"),
+    (dict(groups=(("bert", dict(rate_typo=1)),)), "rate_typo"),
+    (dict(learning_rate={"name": "cosine", "peak": 1.0, "peek": 1}), "'peek'.*'peak'.*warmup, end"),
+    (dict(learning_rate={"name": "step", "peak": 1.0, "warmup": 0.1}), "no setting 'warmup'"),
+    (dict(learning_rate={"name": "cosine"}), "needs the setting 'peak'"),
+    (dict(learning_rate={"name": "cosin", "peak": 1.0}), "did you mean 'cosine'"),
+    (dict(learning_rate={"peak": 1.0}), "has no name"),
+    (dict(plateau=dict(patiense=1)), "'patiense'.*'patience'"),
+  ],
+)
+def test_unknown_settings_are_named(settings, message):
+  with pytest.raises(types.UsageError, match=message):
+    optim.make(**settings)
+
+
+def test_a_group_of_another_optimizer_takes_its_own_settings():
+  groups = (("^bert/", dict(name="sgd")), ("^audio/w", dict(b1=0.2)))
+  optimizer = optim.make(learning_rate=0.1, b1=0.5, weight_decay=2.0, groups=groups)
+  found = updates(optimizer, ones(-1.0))
+  np.testing.assert_allclose(found["bert"]["w"], -0.1 * (-1 + 2), rtol=1e-6)
+  np.testing.assert_allclose(found["audio"]["b"], -0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 0.0])
+def test_clipping_a_norm_is_optax_bit_for_bit(scale):
+  for limit in (0.5, 1.0):
+    clip = [jax.jit(c(limit).update) for c in (optim.clip_by_norm, optax.clip_by_global_norm)]
+    found, expected = (c(ones(scale), optax.EmptyState())[0] for c in clip)
+    chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name, rate", [("sgd", 0.25), ("adam", 1e-6)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_differentiable_optimizer_is_finite_at_a_zero_gradient(dtype, name, rate, grouped):
+  """The derivative of clipping is the identity's there, and so the step's is sgd's."""
+  clip = dict(clip_norm=1.0)
+  clip = dict(groups=(("", clip),)) if grouped else clip
+  optimizer = optim.make(name=name, learning_rate=rate, differentiable=True, **clip)
+  params = {"w": jnp.zeros(2, dtype)}
+
+  def moved(grads):
+    return optimizer.update({"w": grads}, optimizer.init(params), params)[0]["w"].sum()
+
+  value, found = jax.value_and_grad(moved)(jnp.zeros(2, dtype))
+  assert value == 0 and np.isfinite(np.float32(found)).all()
+  if name == "sgd":
+    np.testing.assert_array_equal(np.float32(found), -0.25)
+
+
+def test_half_precision_is_updated_in_float32():
+  """Float16 Adam at a zero gradient is no 0 / 0; its updates are float32's, rounded."""
+  half = {"w": jnp.float16([0.0, 0.5, -2.0])}
+  wide = jax.tree.map(lambda a: a.astype(jnp.float32), half)
+  optimizer = optim.make(learning_rate=0.1, weight_decay=0.1)
+  found, expected = (updates(optimizer, tree, tree, count=3)["w"] for tree in (half, wide))
+  assert found.dtype == jnp.float16 and found[0] == 0
+  np.testing.assert_array_equal(found, expected.astype(jnp.float16))
 
 
 def test_a_groups_norm_is_clipped_on_its_own():

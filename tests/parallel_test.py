@@ -72,7 +72,7 @@ def test_eight_devices_learn_what_one_does(alone, tmp_path):
   lstms = [jax.tree.leaves(lstm["gradients"]) for lstm in both]
   for ours, theirs in zip(*lstms, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-  assert not found["lstm"]["waits"]
+  assert not found["lstm"]["waits"] and not found["moves_rows"]
 
 
 @pytest.mark.slow

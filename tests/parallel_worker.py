@@ -5,7 +5,6 @@ python tests/parallel_worker.py OUT [HOST:PORT,PROCESSES,PROCESS [DATA_DIR]]
 Reads DATA_DIR's dataset "small" as a stream, if given, instead of the toy's data.
 """
 
-import functools
 import json
 import pathlib
 import sys
@@ -13,7 +12,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import toy
 from mmjax import checkpoint, evaluate, masking, meta, optim, parallel, recurrence, stream, train
@@ -21,13 +19,12 @@ from mmjax import checkpoint, evaluate, masking, meta, optim, parallel, recurren
 
 def recipe(mesh) -> train.Recipe:
   mask = masking.span((0.2, 0.5))
-  inner = dict(mask=mask, inner_optimizer=optax.sgd(0.01), order="second", inner_steps=2)
+  inner = dict(order="second", inner_steps=2, optimizer=dict(name="sgd", learning_rate=0.01))
   return train.Recipe(
     system=toy.make_system(),
-    method=lambda key: functools.partial(meta.m3s, **inner),
+    method=meta.METHODS["m3s"](mask, **inner),
     optimizers={"main": optim.make(name="sgd", learning_rate=0.03)},
     batch_size=8,
-    draws=2,
     epochs=3,
     mesh=mesh,
   )
@@ -39,8 +36,8 @@ def run(mesh, data=None, spec=toy.SPEC):
   if spec is not toy.SPEC:
     plan = plan._replace(system=plan.system._replace(init=toy.init_for(spec)))
   progress = train.start(plan, data, spec, jax.random.key(5))
-  validate = lambda params, extra: {"mae": float(abs(params["head"]["bias"]))}  # noqa: E731
-  return list(train.fit(plan, data, validate, progress, jax.random.key(5)))
+  evaluators = {"valid": lambda params, extra: {"mae": float(abs(params["head"]["bias"]))}}
+  return list(train.fit(plan, data, evaluators, progress, jax.random.key(5)))
 
 
 def main(out, hosts="", data_dir=""):
@@ -70,6 +67,7 @@ def main(out, hosts="", data_dir=""):
     "sums_over_devices": sums_over_devices(mesh),
     "grid": predictions().tolist(),
     "lstm": lstm(mesh),
+    "moves_rows": moves_rows(mesh),
   }
   (out / f"{jax.process_index()}.json").write_text(json.dumps(found))
 
@@ -116,6 +114,27 @@ def sums_over_devices(mesh) -> bool:
   step = jax.jit(train.make_step(plan, plan.system.phases[0]))
   program = step.lower(state, toy.make_batch(16), jax.random.key(5)).compile()
   return "all-reduce" in program.as_text()
+
+
+def moves_rows(mesh) -> bool:
+  """Whether a step of a stream sends rows from one device to another."""
+  plan, rows, key = recipe(mesh), toy.make_batch(8), jax.random.key(5)
+  state = parallel.replicate(train.create(plan, toy.SPEC, key), mesh)
+  phase = plan.system.phases[0]
+  _, metrics = jax.eval_shape(
+    train.make_step(plan, phase), state, toy.make_batch(16), jax.random.key(5)
+  )
+  sums = parallel.replicate(jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metrics), mesh)
+  own = jax.tree.map(lambda a: a[:: jax.process_count()], rows)
+  drawn = tuple(parallel.assemble(own, mesh) for _ in range(2))
+  program = stream.make_program(train.make_advance(plan, phase), mesh)
+  text = (
+    program.lower(state, sums, drawn, parallel.replicate(jax.random.key(5), mesh))
+    .compile()
+    .as_text()
+  )
+  kinds = ("all-gather", "collective-permute", "all-to-all")
+  return any(f" {kind}{form}(" in text for kind in kinds for form in ("", "-start"))
 
 
 class Recorded(stream.Stream):

@@ -1,16 +1,14 @@
 """Training splits that stay on disk."""
 
-import functools
-
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import toy
 from data_prep import convert
-from mmjax import data, masking, meta, optim, stream, synthetic, train
+from mmjax import data, masking, meta, optim, stream, synthetic, train, types
 
 KEY = jax.random.key(3)
 ROWS = 26
@@ -18,10 +16,12 @@ ROWS = 26
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+  """The same rows in both formats."""
   folder = tmp_path_factory.mktemp("stream")
   arrays = synthetic.make_arrays(seed=2, num_train=ROWS, num_valid=4, num_test=4)
   synthetic.write_pickle(folder / "a.pkl", arrays)
   convert.convert(folder / "a.pkl", "small", folder)
+  convert.convert(folder / "a.pkl", "records", folder, file_format="array_record")
   return folder
 
 
@@ -79,32 +79,73 @@ def test_each_of_several_processes_reads_rows_of_its_own(streamed, monkeypatch):
   assert parts[0].max() < ROWS // 2 <= parts[1].min()
 
 
+def test_the_format_of_the_files_changes_nothing(folder, streamed, in_memory):
+  records = stream.open_dataset(folder, "records", standardize=True, buffer=6)
+  assert records.spec == in_memory.spec and records.ids == in_memory.ids
+  batches = [s.train.batches(KEY, batch_size=4, draws=2, skip=1) for s in (records, streamed)]
+  for ours, theirs in zip(*batches, strict=True):
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_files_are_read_across_their_borders(streamed, tmp_path, folder):
+  """Several files of different lengths, as TensorFlow Datasets cuts large ones."""
+  tfds = data.import_tfds()
+  rows = data.read_columns(streamed.train.builder, "train")
+  builder = tfds.dataset_builders.AdhocBuilder(
+    name="cut",
+    version="1.0.0",
+    features=streamed.train.builder.info.features,
+    split_datasets={"train": ((n, {k: v[n] for k, v in rows.items()}) for n in range(ROWS))},
+    data_dir=str(tmp_path),
+    disable_shuffling=True,
+  )
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(num_shards=3), file_format="tfrecord"
+  )
+  assert len(builder.info.splits["train"].shard_lengths) == 3
+  cut = streamed.train._replace(builder=builder)
+  batches = [s.batches(KEY, batch_size=4, draws=1) for s in (cut, streamed.train)]
+  for (ours,), (theirs,) in zip(*batches, strict=True):
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_the_whole_split_can_be_read(streamed, in_memory):
+  found = streamed.train.read()
+  chex.assert_trees_all_close(found, in_memory.train, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_equal_dtypes(found, in_memory.train)
+
+
 class Killed(Exception):
   pass
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed):
-  mask = masking.span((0.0, 0.5))
-  recipe = train.Recipe(
+@pytest.fixture(scope="module")
+def recipe(streamed):
+  return train.Recipe(
     system=toy.make_system()._replace(init=toy.init_for(streamed.spec)),
-    method=lambda key: functools.partial(meta.m3s, mask=mask, inner_optimizer=optax.sgd(0.01)),
+    method=meta.METHODS["m3s"](
+      masking.span((0.0, 0.5)), optimizer=dict(name="sgd", learning_rate=0.01)
+    ),
     optimizers={"main": optim.make(learning_rate=0.03)},
     batch_size=4,
-    draws=2,
     epochs=3,
   )
 
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe):
   def validate(params, extra):
     error = toy.predict(params, streamed.valid, extra)["prediction"] - streamed.valid.label
     return {"mae": float(np.abs(error).mean())}
 
   def run(progress=None, **kwargs):
     progress = progress or train.start(recipe, streamed.train, streamed.spec, KEY)
-    return list(train.fit(recipe, streamed.train, validate, progress, KEY, **kwargs))
+    evaluators = {"valid": validate}
+    return list(train.fit(recipe, streamed.train, evaluators, progress, KEY, **kwargs))
 
   whole = run()
   assert whole[-1].train["loss"] < 0.8 * whole[0].train["loss"]
+  assert int(whole[-1].progress.state.step) == 3 * (ROWS // 4)
   caught = []
 
   def pause(progress):
@@ -118,7 +159,29 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed):
   chex.assert_trees_all_equal(run(caught[0])[-1].progress, whole[-1].progress)
 
 
-def test_only_tfrecords_stream(tmp_path, folder):
-  convert.convert(folder / "a.pkl", "other", tmp_path, file_format="array_record")
-  with pytest.raises(data.DataError, match="--file_format=tfrecord"):
-    stream.open_dataset(tmp_path, "other")
+@pytest.mark.usefixtures("quick_compilation")
+def test_streams_of_several_runs_side_by_side(streamed, recipe):
+  """Each run reads in the order of its own key."""
+  keys, plan = [KEY, jax.random.key(9)], recipe._replace(epochs=1)
+  evaluators = {"valid": lambda params, extra: {"mae": 1.0}}
+  start = lambda key: train.start(plan, streamed.train, streamed.spec, key)  # noqa: E731
+  arguments = ([evaluators] * 2, [start(key) for key in keys], keys)
+  (together,) = train.fit(plan, streamed.train, *arguments)
+  for report, key in zip(together, keys, strict=True):
+    (alone,) = train.fit(plan, streamed.train, evaluators, start(key), key)
+    chex.assert_trees_all_close(
+      report.progress.state.params, alone.progress.state.params, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_step_that_is_not_finite_stops_a_stream(streamed, recipe):
+  def loss(params, batch, key, extra):
+    value, aux = toy.loss(params, batch, key, extra)
+    return jnp.where(extra["calls"] == 3, jnp.nan, value), aux
+
+  system = recipe.system._replace(phases=(types.Phase("main", loss),))
+  plan = recipe._replace(system=system)
+  progress = train.start(plan, streamed.train, streamed.spec, KEY)
+  evaluators = {"valid": lambda params, extra: {"mae": 1.0}}
+  with pytest.raises(train.NonFiniteLoss, match="step 3"):
+    list(train.fit(plan, streamed.train, evaluators, progress, KEY))

@@ -28,7 +28,7 @@ def features(batch: types.Batch):
   """[B, 7] mean of the observed values of each modality."""
   return jnp.concatenate(
     [
-      masking.observed(m).sum(1) / m.valid.sum(1, keepdims=True)
+      masking.observed(m).sum(1) / m.valid.sum(1, keepdims=True).astype(m.x.dtype)
       for m in (batch.text, batch.audio, batch.vision)
     ],
     -1,

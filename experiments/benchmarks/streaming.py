@@ -6,7 +6,6 @@ Makes a synthetic dataset of CMU-MOSEI's size and shapes (aligned; 2.9 GB of TFR
 temporary folder, removed at the end) and trains Self-MM and MISA with M³S on it.
 """
 
-import functools
 import json
 import pathlib
 import statistics
@@ -15,17 +14,17 @@ import time
 
 import jax
 import numpy as np
-import optax
 import tabulate
 from absl import app, flags
 
 from data_prep import builder
-from mmjax import data, masking, meta, models, optim, stream, train
+from mmjax import data, masking, meta, models, optim, sources, stream, train
 
 _ROWS = flags.DEFINE_integer("rows", 16326, "Training samples; CMU-MOSEI has 16,326.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Optimizer steps a measurement.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each side.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "B, of the support and of the query set.")
+_FORMAT = flags.DEFINE_enum("file_format", "tfrecord", builder.FILE_FORMATS, "Of the dataset.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
 SHAPES = {"text": (50, 768), "audio": (50, 74), "vision": (50, 35)}
@@ -43,37 +42,35 @@ def write(folder: str, rows: int) -> None:
     return {**fields, "regression_labels": random.uniform(-3, 3, count).astype(np.float32)}
 
   arrays = {"train": split(rows), "valid": split(8), "test": split(8)}
-  path = builder.write(arrays, pathlib.Path(folder), "mosei", "tfrecord")
+  path = builder.write(arrays, pathlib.Path(folder), "mosei", _FORMAT.value)
   (path / data.CARD).write_text("{}", encoding="utf-8")  # marks it as complete
 
 
 def compare(model: str, held: data.Dataset, streamed: data.Dataset) -> dict:
   """Seconds a step over memory and over the stream."""
-  inner = dict(mask=masking.span((0.4, 0.6)), inner_optimizer=optax.sgd(1e-3))
+  inner = dict(optimizer=dict(name="sgd", learning_rate=1e-3))
   recipe = train.Recipe(
     system=models.MODELS[model](),
-    method=lambda key: functools.partial(meta.m3s, **inner),
+    method=meta.METHODS["m3s"](masking.span((0.4, 0.6)), **inner),
     optimizers={"main": optim.make(learning_rate=1e-4)},
     batch_size=_BATCH_SIZE.value,
-    draws=2,
   )
-  step = train.make_step(recipe, recipe.system.phases[0])
+  advance = train.make_advance(recipe, recipe.system.phases[0])
   sides = {}
-  for name, dataset, make in (
-    ("memory", jax.tree.map(jax.numpy.asarray, held.train), train.make_steps),
-    ("stream", streamed.train, train.make_stream_steps),
-  ):
-    progress = train.start(recipe, dataset, streamed.spec, KEY)
-    sides[name] = [make(step, recipe.batch_size, 2), progress.state, progress.sums["main"], dataset]
+  for name, dataset in (("memory", held), ("stream", streamed)):
+    source = sources.as_source(dataset.train).place(None)
+    progress = train.start(recipe, source, streamed.spec, KEY)
+    run = source.make_steps(advance, recipe.batch_size, recipe.method.draws)
+    sides[name] = [run, progress.state, progress.sums["main"]]
   times = {name: [] for name in sides}
   for repeat in range(_REPEATS.value + 1):
-    for name, (run, state, sums, dataset) in sides.items():
+    for name, (run, state, sums) in sides.items():
       first = np.int32(repeat * _STEPS.value)
       began = time.perf_counter()
-      state, sums, *_ = jax.block_until_ready(
-        run(state, sums, dataset, KEY, np.int32(0), first, np.int32(first + _STEPS.value))
+      state, sums, _ = jax.block_until_ready(
+        run(state, sums, KEY, np.int32(0), first, np.int32(first + _STEPS.value))
       )
-      sides[name][1:3] = state, sums
+      sides[name][1:] = state, sums
       if repeat:  # the first one compiles
         times[name].append((time.perf_counter() - began) / _STEPS.value)
   memory_s, stream_s = (statistics.median(times[name]) for name in ("memory", "stream"))
