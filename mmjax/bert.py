@@ -164,9 +164,9 @@ class Bert(nn.Module):
     words = jnp.where((ids == PAD)[..., None], jax.lax.stop_gradient(words), words)
     positions = table("position_embeddings", config.max_position_embeddings)[: ids.shape[1]]
     types_table = table("token_type_embeddings", config.type_vocab_size)
-    kinds = types_table[0] if segments is None else types_table[segments]
+    kinds = types_table[:1][None] if segments is None else types_table[segments]
     x = layers.LayerNorm(epsilon=config.layer_norm_eps, name="embeddings_norm")(
-      words + positions + kinds
+      words + positions[None] + kinds
     )
     x = layers.Dropout(config.hidden_dropout_prob)(x)
     if not self.train_embeddings:

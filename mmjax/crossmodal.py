@@ -18,11 +18,11 @@ def sinusoids(x: Array) -> Array:
   """
   _, length, width = x.shape
   half = width // 2
-  frequency = jnp.exp(-math.log(1e4) / (half - 1) * jnp.arange(half))
-  angle = (1 + jnp.arange(length))[:, None] * frequency
+  frequency = jnp.exp(-math.log(1e4) / (half - 1) * jnp.arange(half, dtype=float))
+  angle = jnp.arange(1, length + 1, dtype=float)[:, None] * frequency[None]
   table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)
   table = jnp.pad(table, ((0, 0), (0, width % 2)))
-  return jnp.where(x[:, :, :1] != 0, table, 0.0)
+  return jnp.where(x[:, :, :1] != 0, table[None], 0.0).astype(x.dtype)
 
 
 def future(queries: int, keys: int) -> Array:

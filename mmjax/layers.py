@@ -27,6 +27,11 @@ def uniform(bound: float) -> Callable:
   return init
 
 
+def _last(vector: Array, rank: int) -> Array:
+  """[D] as the last of `rank` axes, spelled out: `jax_numpy_rank_promotion=raise` may be set."""
+  return jax.lax.broadcast_to_rank(vector, rank)
+
+
 class Dense(nn.Module):
   """nn.Linear: kernel [in, out] and bias from U(±1/√in). `use_bias` as in linen."""
 
@@ -40,7 +45,7 @@ class Dense(nn.Module):
     # in rows: the kernel's gradient then needs no transposed copy of x (XLA on a CPU)
     y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
-      y = y + self.param("bias", uniform(bound), (self.features,))
+      y = y + _last(self.param("bias", uniform(bound), (self.features,)), y.ndim)
     return y
 
 
@@ -79,7 +84,9 @@ class Conv1d(nn.Module):
     init = self.kernel_init or uniform(1 / math.sqrt(self.width * x.shape[-1]))
     kernel = self.param("kernel", init, (self.width, x.shape[-1], self.features))
     y = sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width))
-    return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else y
+    if self.use_bias:
+      y = y + _last(self.param("bias", nn.initializers.zeros, (self.features,)), y.ndim)
+    return y
 
 
 class BatchNorm(nn.Module):
@@ -105,6 +112,7 @@ class BatchNorm(nn.Module):
         var.value += self.momentum * (spread * rows / max(rows - 1, 1) - var.value)
     scale = self.param("scale", nn.initializers.ones, (width,))
     bias = self.param("bias", nn.initializers.zeros, (width,))
+    now, spread, scale, bias = (a[None] for a in (now, spread, scale, bias))
     return (x - now) / jnp.sqrt(spread + self.epsilon) * scale + bias
 
 
@@ -195,15 +203,15 @@ class GRU(nn.Module):
     def step(h, inputs):
       projected, valid = inputs
       r, z, n = jnp.split(projected, 3, -1)
-      h_r, h_z, h_n = jnp.split(h @ w_hh + b_hh, 3, -1)
+      h_r, h_z, h_n = jnp.split(h @ w_hh + b_hh[None], 3, -1)
       z = jax.nn.sigmoid(z + h_z)
       new = (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + h_r) * h_n) + z * h
       valid = valid[:, None]
       return jnp.where(valid, new, h), jnp.where(valid, new, 0)
 
-    inputs = ((x @ w_ih + b_ih).swapaxes(0, 1), valid.T)
-    zero = jnp.zeros((x.shape[0], hidden), x.dtype)
-    return jax.lax.scan(step, zero, inputs, reverse=self.reverse)[1].swapaxes(0, 1)
+    projected = (x @ w_ih + b_ih[None, None]).swapaxes(0, 1)
+    zero = jnp.zeros((x.shape[0], hidden), projected.dtype)
+    return jax.lax.scan(step, zero, (projected, valid.T), reverse=self.reverse)[1].swapaxes(0, 1)
 
 
 class BiGRU(nn.Module):
@@ -263,14 +271,14 @@ class MultiHeadAttention(nn.Module):
     kernels, biases = jnp.split(kernel, 3, -1), jnp.split(bias, 3)
 
     def heads(x, n):
-      x = x @ kernels[n] + biases[n]
+      x = x @ kernels[n] + _last(biases[n], 3)
       return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
 
     allowed = jnp.ones((1, 1, 1, 1), bool)
     if valid is not None:
       allowed = allowed & valid[:, None, None, :]
     if mask is not None:
-      allowed = allowed & mask
+      allowed = allowed & mask[None, None]
     # not -inf: a row that may attend to nothing, as a row of padding, must not become NaN
     logit_bias = jnp.where(allowed, 0.0, jnp.finfo(query.dtype).min)
     q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
@@ -279,7 +287,8 @@ class MultiHeadAttention(nn.Module):
     y = jnp.einsum("bnlm,bnmc->bnlc", weights, v)
     y = y.swapaxes(1, 2).reshape(*query.shape)
     out_kernel = self.param("out_kernel", uniform(1 / math.sqrt(width)), (width, width))
-    return y @ out_kernel + self.param("out_bias", nn.initializers.zeros, (width,))
+    out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
+    return y @ out_kernel + _last(out_bias, 3)
 
 
 class TransformerEncoderLayer(nn.Module):

@@ -59,9 +59,7 @@ def task(prediction: Array, label: Array, regression: str = "mse") -> Array:
   if prediction.ndim == 1:
     return REGRESSION[regression](prediction, label)
   chex.assert_equal_shape_prefix([prediction, label], 1)
-  return optax.losses.softmax_cross_entropy_with_integer_labels(
-    prediction, label.astype(jnp.int32)
-  )
+  return optax.losses.softmax_cross_entropy_with_integer_labels(prediction, label.astype(jnp.int32))
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -75,10 +73,10 @@ def masked_mean(values: Array, mask: Array) -> Array:
   Returns:
     [] sum(values · mask) / sum(mask).
   """
-  mask = jnp.broadcast_to(mask, values.shape)
-  total = mask.sum(dtype=values.dtype)
+  weight = jnp.broadcast_to(jnp.asarray(mask).astype(values.dtype), values.shape)
+  total = weight.sum()
   # where, not a product: what is masked out may be NaN
-  summed = jnp.where(mask != 0, values, 0) * mask
+  summed = jnp.where(weight != 0, values, 0) * weight
   return summed.sum() / jnp.where(total == 0, 1, total)
 
 
@@ -98,15 +96,20 @@ def reconstruction(
   Args:
     prediction: [...] reconstruction.
     target: [...] clean features.
-    mask: broadcasts against `target`; None counts every entry.
+    mask: weights or bools that broadcast against `target`; None counts every entry. What is
+      masked out is not read.
     error: elementwise.
 
   Returns:
     [] mean error; 0 if nothing counts.
   """
   chex.assert_equal_shape([prediction, target])
-  values = error(prediction, target)
-  return values.mean() if mask is None else masked_mean(values, mask)
+  if mask is None:
+    return error(prediction, target).mean()
+  # before the error too: what is masked out may be NaN, and 0 · NaN would be its gradient
+  counts = jnp.broadcast_to(jnp.asarray(mask).astype(bool), target.shape)
+  prediction, target = (jnp.where(counts, a, 0) for a in (prediction, target))
+  return masked_mean(error(prediction, target), mask)
 
 
 def cmd(x: Array, y: Array, moments: int = 5) -> Array:
@@ -131,7 +134,7 @@ def cmd(x: Array, y: Array, moments: int = 5) -> Array:
   mean_x, mean_y = x.mean(0), y.mean(0)
   total = _norm(mean_x - mean_y)
   for k in range(2, moments + 1):
-    total += _norm(((x - mean_x) ** k).mean(0) - ((y - mean_y) ** k).mean(0))
+    total += _norm(((x - mean_x[None]) ** k).mean(0) - ((y - mean_y[None]) ** k).mean(0))
   return total
 
 
@@ -155,7 +158,7 @@ def difference(x: Array, y: Array, eps: float = 1e-6) -> Array:
 
   def normalize(z):
     z = z.reshape(z.shape[0], -1)
-    z = z - z.mean(0)
+    z = z - z.mean(0)[None]
     norm = jnp.linalg.norm(z, axis=1, keepdims=True)
     return z / (jax.lax.stop_gradient(norm) + eps)
 

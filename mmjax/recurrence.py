@@ -92,7 +92,10 @@ def _run(x, valid, weights, reverse):
   Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
   weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
   """
-  w_ih, w_hh, bias = weights
+  # features may be of half precision; the weights' own, mostly, is what is computed in
+  with jax.numpy_dtype_promotion("standard"):
+    dtype = jnp.result_type(x, *weights)
+  x, w_ih, w_hh, bias = (a.astype(dtype) for a in (x, *weights))
   # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
   # code of gates that are sliced out of a large array (three times as slow on a CPU)
   w = jnp.concatenate([w_ih, w_hh], -2)
@@ -124,7 +127,7 @@ def _chunk_size(steps: int) -> int:
 
 
 def _start(x, w):
-  zero = jnp.zeros((*x.shape[-w.ndim : -1], w.shape[-1] // 4), jnp.result_type(x, w))
+  zero = jnp.zeros((*x.shape[-w.ndim : -1], w.shape[-1] // 4), x.dtype)
   return zero, zero
 
 
@@ -133,10 +136,12 @@ def _gates(x, h, w, bias):
 
   Four functions of four slices vectorize badly on a CPU where H is small.
   """
-  gates = jnp.concatenate([x, h], -1) @ w + bias[..., None, :]
+  gates = jnp.concatenate([x, h], -1) @ w
+  gates = gates + jax.lax.broadcast_to_rank(bias[..., None, :], gates.ndim)
   half = np.array([[0.5], [0.5], [1.0], [0.5]], gates.dtype)
   scale = np.repeat(half, gates.shape[-1] // 4, 1).ravel()
-  return jnp.split(jnp.tanh(gates * scale) * scale + (1 - scale), 4, axis=-1)
+  scale, rest = (jax.lax.broadcast_to_rank(a, gates.ndim) for a in (scale, 1 - scale))
+  return jnp.split(jnp.tanh(gates * scale) * scale + rest, 4, axis=-1)
 
 
 def _scan(carry, x, valid, w, bias, reverse):

@@ -11,8 +11,8 @@ import time
 import chex
 import orbax.checkpoint as ocp
 import pytest
-from command import call, refused, start
 
+from command import call, refused, start
 from data_prep import convert
 from experiments import workdir
 from mmjax import synthetic

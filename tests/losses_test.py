@@ -39,18 +39,18 @@ def check_in_float64(function, *args):
 
 def test_task_loss_by_hand():
   p, y = jnp.array([1.0, -2.0]), jnp.array([0.5, 1.0])
-  np.testing.assert_allclose(losses.task_loss()(p, y), [0.25, 9.0])
-  np.testing.assert_allclose(losses.task_loss(regression="l1")(p, y), [0.5, 3.0])
+  np.testing.assert_allclose(losses.task(p, y), [0.25, 9.0])
+  np.testing.assert_allclose(losses.task(p, y, "l1"), [0.5, 3.0])
   logits = jnp.log(jnp.array([[0.2, 0.3, 0.5], [0.1, 0.8, 0.1]]))
   for label in (jnp.array([2, 0]), jnp.array([2.0, 0.0])):
-    np.testing.assert_allclose(losses.task_loss(3)(logits, label), -np.log([0.5, 0.1]), rtol=1e-5)
+    np.testing.assert_allclose(losses.task(logits, label), -np.log([0.5, 0.1]), rtol=1e-5)
 
 
 def test_wrong_arguments_are_refused():
   with pytest.raises(ValueError, match="l2"):
-    losses.task_loss(regression="l2")
+    losses.task(jnp.zeros(2), jnp.zeros(2), "l2")
   with pytest.raises(AssertionError):
-    losses.task_loss(4)(jnp.zeros((2, 3)), jnp.zeros(2, int))
+    losses.task(jnp.zeros((2, 3)), jnp.zeros(3, int))
   with pytest.raises(AssertionError):  # [B, 1] against [B] must not become [B, B]
     losses.absolute_error(jnp.zeros((2, 1)), jnp.zeros(2))
   with pytest.raises(AssertionError):
@@ -76,6 +76,17 @@ def test_reconstruction_counts_the_masked_entries_only():
   smooth = losses.reconstruction(prediction, target, missing, error=optax.losses.huber_loss)
   assert smooth == pytest.approx((0.5 + 2.5) / 2)
   assert losses.reconstruction(prediction, target, jnp.zeros_like(missing)) == 0
+
+
+@pytest.mark.parametrize("error", [optax.losses.squared_error, optax.losses.huber_loss])
+def test_reconstruction_does_not_read_what_is_masked_out(error):
+  prediction = jnp.arange(12.0).reshape(2, 3, 2)
+  mask = jnp.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]])[..., None]
+  target = jnp.ones((2, 3, 2)).at[0, 2].set(jnp.nan)
+  loss = jax.value_and_grad(lambda p, t: losses.reconstruction(p, t, mask, error=error), (0, 1))
+  found, expected = loss(prediction, target), loss(prediction, jnp.nan_to_num(target, nan=5.0))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert (found[1][0][0, 2] == 0).all() and (found[1][0][1] != 0).all()
 
 
 def test_cmd_by_hand():

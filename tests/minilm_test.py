@@ -77,9 +77,7 @@ def test_fine_tuning_on_real_text():
 
   @jax.jit
   def step(params, state, extra):
-    (value, aux), grads = jax.value_and_grad(system.phases[1].loss, has_aux=True)(
-      params, batch, None, extra
-    )
+    (value, aux), grads = jax.value_and_grad(system.loss, has_aux=True)(params, batch, None, extra)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state, aux.extra, value
 

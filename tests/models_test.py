@@ -6,8 +6,8 @@ as classification with token ids.
 
 import collections
 import functools
-import importlib
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from mmjax import masking, models, types
+from mmjax import masking, models, optim, torch_import, types
 
 BERT = dict(
   vocab_size=110,
@@ -189,6 +189,70 @@ def test_unknown_settings_are_refused():
       make(hiden_size=3)
 
 
+def test_settings_stand_in_the_signature():
+  assert models.settings("misa") == dict(
+    hidden_size=128,
+    dropout=0.2,
+    pack="text",
+    bert=None,
+    diff_weight=0.1,
+    sim_weight=0.3,
+    recon_weight=1.0,
+  )
+  for name in models.MODELS:
+    settings = models.settings(name)
+    assert "num_outputs" not in settings and set(SETTINGS[name]) <= set(settings)
+    models.MODELS[name](**json.loads(json.dumps(settings)))  # lists where there were tuples
+
+
+def test_lists_and_tuples_make_the_same_system():
+  shapes = [
+    jax.eval_shape(
+      lambda s=settings: models.MODELS["self_mm"](**s).init(make_key(0), make_spec(True, 0))
+    )
+    for settings in (SETTINGS["self_mm"], json.loads(json.dumps(SETTINGS["self_mm"])))
+  ]
+  assert shapes[0] == shapes[1]
+
+
+def test_published_names_are_found_beside_the_model():
+  for name in models.MODELS:
+    rules = models.torch_rules(name, **SETTINGS[name])
+    assert torch_import.ignored(["nonsense"], rules) == [] and len(rules) > 10
+  at = r"C.module.4.weight"  # the second layer, behind a dropout's and a norm's number
+  params = {"student": {"classifier": {"layer_1": {"kernel": 0}}}}
+  for changes, found in ((dict(batch_norm=True), True), ({}, False)):
+    rules = models.torch_rules("mmin", **changes)
+    assert (torch_import.locate(params, at, rules) is not None) is found
+  with pytest.raises(types.UsageError, match="TORCH_RULES"):
+    models.torch_rules("toy:make_system")
+
+
+@pytest.mark.parametrize("name", ["misa", "self_mm", "mmim", "mmin", "tetfn"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_features_of_half_precision_can_be_trained(name, dtype):
+  """What they give is compared in `layers_test`; here every system must take them."""
+  case_ = models.MODELS[name](**SETTINGS[name])
+  spec = make_spec(False, 0)
+  batch, key = make_batch(spec), make_key(0)
+  halves = {n: getattr(batch, n) for n in types.MODALITIES}
+  halves = {
+    n: m._replace(x=m.x.astype(dtype), fill=m.fill.astype(dtype)) for n, m in halves.items()
+  }
+
+  def gradients(key, batch):
+    params, extra = case_.init(key, spec)
+    return [
+      (params, extra, jax.grad(phase.loss, has_aux=True)(params, batch, key, extra))
+      for phase in case_.phases
+    ]
+
+  with jax.numpy_dtype_promotion("standard"):
+    shapes = jax.eval_shape(gradients, key, batch._replace(**halves))
+  for params, extra, (grads, aux) in shapes:
+    assert (grads, aux.extra) == (params, extra)
+
+
 def test_init_depends_on_the_key_alone(case):
   again, other = case.init(make_key(0))[0], case.init(make_key(1))[0]
   jax.tree.map(np.testing.assert_array_equal, case.params, again)
@@ -207,45 +271,53 @@ def test_predictions_have_the_tasks_shape(case):
   assert out["feature"].shape[0] == ROWS and out["feature"].ndim == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["misa", "lnln"])
-def test_mixed_mode_is_the_configs_where_it_is_exact(name):
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE and name != "lnln" else [])
+    for name in SETTINGS
+  ],
+)
+def test_phases_tell_whether_products_with_their_hessian_are_symmetric(name):
   """uᵀJv = vᵀJu for the Jacobian J of a gradient, unless gradients are reversed on the way."""
-  case, phase = make_case(name, "regression"), models.MODELS[name](**SETTINGS[name]).phases[-1]
+  case, random = make_case(name, "regression"), np.random.default_rng(0)
+  for phase in case.system.phases:
+    trained, constant = optim.split(case.params, phase.trains)
 
-  @jax.jit
-  def product(params, one, other):
-    def gradient(params):
-      return jax.grad(phase.loss, has_aux=True)(params, case.batch, None, case.extra)[0]
+    def gradient(trained, phase=phase, constant=constant):
+      def loss(trained):
+        return phase.loss(optim.merge(trained, constant), case.batch, None, case.extra)[0]
 
-    turned = jax.jvp(gradient, (params,), (one,))[1]
-    parts = jax.tree.map(lambda a, b: jnp.sum(a * b), turned, other)
-    return sum(jax.tree.leaves(parts)), optax.tree.norm(turned) * optax.tree.norm(other)
+      return jax.grad(loss)(trained)
 
-  random = np.random.default_rng(0)
-  one, other = (
-    jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32), case.params)
-    for _ in range(2)
-  )
-  (found, scale), (turned, _) = product(case.params, one, other), product(case.params, other, one)
-  config = importlib.import_module(f"experiments.configs.{name}").get_config("mosi")
-  symmetric = abs(found - turned) < 1e-4 * scale
-  assert config.m3s.mode == ("mixed" if symmetric else "reverse")
+    def product(trained, one, other, gradient=gradient):
+      turned = jax.jvp(gradient, (trained,), (one,))[1]
+      return optax.tree.vdot(turned, other), optax.tree.norm(turned) * optax.tree.norm(other)
+
+    product = jax.jit(product)
+    one, other = (
+      jax.tree.map(lambda p: random.normal(size=p.shape).astype(np.float32), trained)
+      for _ in range(2)
+    )
+    (found, scale), (turned, _) = product(trained, one, other), product(trained, other, one)
+    symmetric = abs(found - turned) < 1e-4 * scale
+    assert scale > 0
+    assert phase.hessian == ("symmetric" if symmetric else "reverse"), phase.name
 
 
 def test_losses_and_gradients_are_finite(case):
-  key, extra = make_key(0), dict(case.extra)
+  key, params, extra = make_key(0), case.params, case.extra
   touched = jax.tree.map(lambda p: False, case.params)
   for epoch, phase in itertools.product((0, 1, 2), case.system.phases):
-    if "epoch" in extra:  # generated labels start to move in the second epoch
-      extra["epoch"] = jnp.int32(epoch)
-    (value, aux), grads = case.gradients[phase.name](case.params, case.batch, key, extra)
+    if phase.on_epoch:  # generated labels start to move in the second epoch
+      params, extra = phase.on_epoch(params, extra, epoch, None)
+    (value, aux), grads = case.gradients[phase.name](params, case.batch, key, extra)
     assert value.shape == ()
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert all(np.isfinite(m) and np.shape(m) == () for m in aux.metrics.values())
     touched = jax.tree.map(lambda t, g: t | np.any(g), touched, jax.device_get(grads))
-    extra = dict(aux.extra)
+    extra = aux.extra
   assert np.mean(jax.tree.leaves(touched)) > 0.7
 
 
@@ -304,7 +376,7 @@ def test_padding_changes_no_prediction(case, name):
   valid = m.valid if m.x.ndim == 2 else m.valid[..., None]
   other = m._replace(x=jnp.where(valid, m.x, 7).astype(m.x.dtype))
   if name != "text" and case.name in PACKS_WITH_TEXT:  # which may be longer
-    steps = jnp.arange(m.x.shape[1]) < case.batch.text.valid.sum(1, keepdims=True)
+    steps = jnp.arange(m.x.shape[1])[None] < case.batch.text.valid.sum(1, keepdims=True)
     other = m._replace(x=jnp.where(steps[..., None], m.x, 7.0))
   ours = case.predict(case.params, case.batch, case.extra)["prediction"]
   theirs = case.predict(case.params, case.batch._replace(**{name: other}), case.extra)
@@ -335,7 +407,7 @@ def test_misa_packs_with_the_lengths_that_it_is_told():
   case = make_case("misa", "regression")
   audio = case.batch.audio._replace(valid=jnp.ones((ROWS, AUDIO[0]), bool))
   batch = case.batch._replace(audio=audio)
-  beyond = jnp.arange(AUDIO[0])[:, None] >= TEXT[0]
+  beyond = jnp.arange(AUDIO[0])[None, :, None] >= TEXT[0]
   other = batch._replace(audio=audio._replace(x=jnp.where(beyond, 1.0, audio.x)))
   own = models.MODELS["misa"](**SETTINGS["misa"], pack="own")
   for predict, same in ((case.predict, True), (jax.jit(own.predict), False)):

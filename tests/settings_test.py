@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from command import call, refused
 
+from command import call, refused
 from experiments import ablate, build, cli, compare, evaluate, robustness, settings, train
 from experiments.configs import common
 from mmjax import meta, models, types

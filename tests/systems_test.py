@@ -1,15 +1,96 @@
-"""What is particular to one system: tables, memories, phases."""
+"""What makes a network a system; and what is particular to one: tables, memories, phases."""
 
 import functools
+import inspect
+import textwrap
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import models_test
-from mmjax import masking, meta, models, optim, train, types
+from mmjax import layers, losses, masking, meta, models, optim, registry, systems, train, types
 from mmjax.models import mmim, self_mm
+
+
+@pytest.fixture(scope="module")
+def own():
+  """The `make` of the example in the documentation of `systems`."""
+  documented = inspect.getdoc(systems) or ""
+  example = documented.partition("model of your own is\n")[2].partition("\nand `make(")[0]
+  names = dict(globals())
+  exec(textwrap.dedent(example), names)
+  return names["make"]
+
+
+def test_the_documented_model_is_a_system(own):
+  assert registry.settings_of(own) == {"size": 32, "scale": 1.0}
+  system = own(size=3, scale=2.0)
+  for classes in (0, 3):
+    spec = models_test.make_spec(False, classes)
+    batch = models_test.make_batch(spec)
+    params, extra = system.init(jax.random.key(0), spec)
+    assert params["head"]["kernel"].shape == (3, classes or 1) and extra == {}
+    value, aux = system.loss(params, batch, None, extra)
+    prediction = system.predict(params, batch, extra)["prediction"]
+    error = losses.task(prediction, batch.label).mean()
+    np.testing.assert_allclose([value, aux.metrics["error"]], [2 * error, error], rtol=1e-6)
+  with pytest.raises(TypeError, match="scal.*did you mean 'scale'"):
+    own(scal=1.0)
+
+
+class Normed(nn.Module):
+  num_outputs: int = 1
+
+  @nn.compact
+  def __call__(self, batch, train):
+    x = layers.Dropout(0.5)(layers.BatchNorm(name="norm")(batch.text.x.mean(1), train))
+    return {"prediction": layers.prediction(layers.Dense(self.num_outputs, name="head")(x)), "x": x}
+
+
+def test_collections_are_kept_in_extra_and_move_in_training_alone():
+  def loss(out, batch, extra):
+    return out["prediction"].mean(), types.Aux({}, {**extra, "steps": extra["steps"] + 1})
+
+  make = functools.partial(systems.supervised, Normed(), loss, head="head")
+  system = make(collections=("batch_stats",), extra=lambda spec: {"steps": jnp.int32(0)})
+  spec = models_test.make_spec(False, 0)
+  params, extra = system.init(jax.random.key(0), spec)
+  batch = models_test.make_batch(spec)
+  _, aux = system.loss(params, batch, None, extra)
+  mean = batch.text.x.mean(1).mean(0)
+  np.testing.assert_allclose(aux.extra["batch_stats"]["norm"]["mean"], 0.1 * mean, rtol=1e-5)
+  assert aux.extra["steps"] == 1 and extra["steps"] == 0
+  x = system.predict(params, batch, extra)["x"]  # by the statistics that are kept, no dropout
+  np.testing.assert_allclose(x, batch.text.x.mean(1) / np.sqrt(1 + 1e-5), rtol=1e-5)
+  with pytest.raises(ValueError, match="batch_stats"):
+    make().init(jax.random.key(0), spec)
+
+
+def test_epochs_are_counted_where_they_are_read():
+  _, extra = systems.count_epochs({}, {"epoch": jnp.int32(0), "other": 1}, 7, None)
+  assert extra == {"epoch": 7, "other": 1} and extra["epoch"].dtype == jnp.int32
+  assert systems.count_epochs({}, {}, 7, None) == ({}, {})
+
+
+def test_the_main_loss_is_the_last_phases():
+  system = models.MODELS["mmim"](**models_test.SETTINGS["mmim"])
+  assert [phase.name for phase in system.phases] == ["mi", "main"]
+  assert system.loss is system.phases[1].loss
+
+
+def test_a_healthy_self_mm_runs_while_nans_are_looked_for():
+  system, spec = (
+    models.MODELS["self_mm"](**models_test.SETTINGS["self_mm"]),
+    models_test.make_spec(False, 0),
+  )
+  params, extra = system.init(models_test.make_key(0), spec)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(extra))
+  aux = system.loss(params, models_test.make_batch(spec), None, extra)[1]
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(aux.extra))
+  assert aux.extra["met"].sum() == models_test.ROWS
 
 
 def test_moments_add_up_to_those_of_the_union():
@@ -45,11 +126,12 @@ def test_mmims_memory_fills_and_starts_afresh_each_epoch():
   system = models.MODELS["mmim"](**models_test.SETTINGS["mmim"], memory_size=2)
   spec = models_test.make_spec(False, 0)
   params, extra = system.init(models_test.make_key(0), spec)
-  loss = jax.jit(lambda batch, extra: system.phases[1].loss(params, batch, None, extra)[1])
+  loss = jax.jit(lambda batch, extra: system.loss(params, batch, None, extra)[1])
   seen = []
   for step in range(5):
-    epoch = jnp.int32(step // 4)
-    aux = loss(models_test.make_batch(spec, seed=step), {**extra, "epoch": epoch})
+    if step % 4 == 0:
+      _, extra = system.phases[-1].on_epoch(params, extra, step // 4, None)
+    aux = loss(models_test.make_batch(spec, seed=step), extra)
     extra = aux.extra
     seen.append((int(extra["batches"]), float(aux.metrics["H"])))
     counts = np.asarray(extra["memory"]["tv"].count).sum(1)
@@ -58,15 +140,16 @@ def test_mmims_memory_fills_and_starts_afresh_each_epoch():
   assert [entropy != 0 for _, entropy in seen[:3]] == [False] * 3  # while it fills
 
 
-def tables(labels, features):
+def tables(labels, features, met):
   label = {task: jnp.asarray(labels, jnp.float32) for task in self_mm.TASKS}
-  return {"label": label, "feature": {t: jnp.asarray(features) for t in self_mm.TASKS}}
+  feature = {task: jnp.asarray(features) for task in self_mm.TASKS}
+  return {"label": label, "feature": feature, "met": jnp.array(met)}
 
 
 def test_labels_are_generated_from_the_second_epoch_on():
   """By hand: centres at (1, 0) and (-1, 0); text lies at the positive one, fusion between."""
-  before = tables([2.0, -2.0, 1.0], np.float32([[1, 0], [-1, 0], [0, 0]]))
-  before["label"] = {task: v.at[2].set(jnp.nan) for task, v in before["label"].items()}
+  features = np.float32([[1, 0], [-1, 0], [0, 0]])
+  before = tables([2.0, -2.0, 1.0], features, met=[True, True, False])
   features = {task: jnp.zeros((1, 2)) for task in self_mm.TASKS}  # equally far: δ = 0
   features["text"] = jnp.float32([[0.5, 0.0]])  # 0.5 from the positive, 1.5 from the negative
   run = functools.partial(self_mm.update_tables, index=jnp.array([1]), bound=3.0)
@@ -83,11 +166,11 @@ def test_labels_are_generated_from_the_second_epoch_on():
 
 @pytest.mark.parametrize("exclude_zero", [True, False])
 def test_centers_leave_out_what_was_not_met(exclude_zero):
-  label = jnp.float32([1.0, 0.0, -1.0, jnp.nan, 2.0])
+  label, met = jnp.float32([1.0, 0.0, -1.0, 0.0, 2.0]), jnp.arange(5) != 3
   feature = jnp.float32([[2.0], [4.0], [8.0], [99.0], [6.0]])
-  positive, negative = self_mm.centers(label, feature, exclude_zero)
+  positive, negative = self_mm.centers(label, feature, met, exclude_zero)
   np.testing.assert_allclose([positive[0], negative[0]], [4.0, 8.0])
-  nothing = self_mm.centers(jnp.full(5, jnp.nan), feature, exclude_zero)
+  nothing = self_mm.centers(label, feature, jnp.zeros(5, bool), exclude_zero)
   np.testing.assert_array_equal(nothing, np.zeros((2, 1)))
 
 
@@ -112,7 +195,7 @@ def test_mmins_student_begins_as_its_teacher_and_is_what_gets_selected():
   rates = {"teacher": 0.01, "student": 0.0}
   plan = train.Recipe(
     system=system,
-    method=lambda key: functools.partial(meta.sampled_missing, mask=masking.span(0.5)),
+    method=meta.METHODS["spl"](masking.span(0.5)),
     optimizers={p: optim.make(learning_rate=rate) for p, rate in rates.items()},
     batch_size=5,
     epochs=4,
@@ -120,9 +203,10 @@ def test_mmins_student_begins_as_its_teacher_and_is_what_gets_selected():
   )
   key, scores = jax.random.key(0), iter([0.1, 0.2, 0.5, 0.4])  # the first two do not count
   start = train.start(plan, data, spec, key)
-  reports = train.fit(plan, data, lambda params, extra: {"mae": next(scores)}, start, key)
-  found = [(report.is_best, jax.device_get(report.progress.state.params)) for report in reports]
-  assert [is_best for is_best, _ in found] == [False, False, True, True]
+  valid = {"valid": lambda params, extra: {"mae": next(scores)}}
+  reports = train.fit(plan, data, valid, start, key)
+  found = [(report.improved, jax.device_get(report.progress.state.params)) for report in reports]
+  assert [len(improved) for improved, _ in found] == [0, 0, 1, 1]
   student, teacher = found[-1][1]["student"]["encoders"], found[-1][1]["teacher"]["encoders"]
   jax.tree.map(np.testing.assert_array_equal, student, teacher)
   fresh = found[0][1]["student"]["encoders"]["audio"]["rnn"]["w_ih"]

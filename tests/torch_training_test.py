@@ -118,7 +118,7 @@ def test_training_there_and_here(folder, tmp_path):
 
   @jax.jit
   def step(params, opt, extra, batch):
-    grads, aux = jax.grad(system.phases[0].loss, has_aux=True)(params, batch, None, extra)
+    grads, aux = jax.grad(system.loss, has_aux=True)(params, batch, None, extra)
     updates, opt = optimizer.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt, aux.extra
 

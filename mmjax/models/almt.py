@@ -10,7 +10,6 @@ Paper: https://arxiv.org/abs/2310.05804. Parity: MMSA's implementation and its q
 from collections.abc import Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib

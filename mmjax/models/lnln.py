@@ -186,9 +186,9 @@ def completeness(batch: types.Batch) -> Array:
   if "missing_rate_text" in batch.info:
     return 1 - batch.info["missing_rate_text"].reshape(-1)
   m = batch.text
-  seen = m.seen if m.seen.ndim == 2 else m.seen.mean(-1)
+  seen = m.seen.astype(float) if m.seen.ndim == 2 else m.seen.mean(-1)
   seen = jnp.broadcast_to(seen, m.valid.shape)
-  return jnp.where(m.valid, seen, 0).sum(1) / jnp.maximum(m.valid.sum(1), 1)
+  return jnp.where(m.valid, seen, 0).sum(1) / jnp.maximum(m.valid.sum(1, dtype=float), 1)
 
 
 @systems.configurable(Lnln)

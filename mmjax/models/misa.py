@@ -84,7 +84,7 @@ class Misa(nn.Module):
     x, valid = masking.observed(m), m.valid
     if self.pack == "text":  # steps beyond the text's length are never read
       x = x[:, : text_valid.shape[1]]
-      valid = jnp.arange(x.shape[1]) < text_valid.sum(1, keepdims=True)
+      valid = jnp.arange(x.shape[1])[None] < text_valid.sum(1, keepdims=True)
     width = x.shape[-1]
     h, first = layers.BiLSTM(width, name=f"{name}rnn1")(x, valid)
     h = layers.LayerNorm(name=f"{name}layer_norm")(h)

@@ -42,7 +42,7 @@ def moments(x: Array, chosen: Array) -> Memory:
   weight = chosen.astype(x.dtype)
   count = weight.sum()
   mean = weight @ x / jnp.maximum(count, 1)
-  centred = (x - mean) * weight[:, None]
+  centred = (x - mean[None]) * weight[:, None]
   return Memory(count, mean, centred.T @ centred)
 
 
@@ -50,7 +50,7 @@ def total_moments(parts: Memory) -> Memory:
   """The moments of the union of M sets, [M, ...] (Chan et al. 1979)."""
   count = parts.count.sum()
   mean = parts.count @ parts.mean / jnp.maximum(count, 1)
-  apart = parts.mean - mean
+  apart = parts.mean - mean[None]
   between = jnp.einsum("m,mi,mj->ij", parts.count, apart, apart)
   return Memory(count, mean, parts.scatter.sum(0) + between)
 

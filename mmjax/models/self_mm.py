@@ -138,7 +138,9 @@ def update_tables(
   """
   label, feature = dict(tables["label"]), dict(tables["feature"])
   delta = {
-    task: _distance(features[task], centers(label[task], feature[task], tables["met"], exclude_zero))
+    task: _distance(
+      features[task], centers(label[task], feature[task], tables["met"], exclude_zero)
+    )
     for task in TASKS
   }
   truth, n = label["fusion"][index], (epoch + 1).astype(jnp.float32)

@@ -75,11 +75,15 @@ def spec(example: types.Batch, num_train: int | None = None, **kwargs) -> types.
 
 
 def params(
-  system: types.System, the_spec: types.Spec, z: Arrays, prefix: str = "param/"
+  system: types.System,
+  rules: torch_import.Rules,
+  the_spec: types.Spec,
+  z: Arrays,
+  prefix: str = "param/",
 ) -> types.Params:
   """The recorded weights as parameters of a system."""
   template = jax.eval_shape(lambda: system.init(jax.random.key(0), the_spec)[0])
-  return torch_import.from_torch(template, under(z, prefix), system.torch_rules)
+  return torch_import.from_torch(template, under(z, prefix), rules)
 
 
 def compare_outputs(z: Arrays, ours: Mapping[str, Any]) -> Iterator[Row]:
@@ -92,7 +96,7 @@ def compare_outputs(z: Arrays, ours: Mapping[str, Any]) -> Iterator[Row]:
 
 def compare_loss(
   z: Arrays,
-  system: types.System,
+  rules: torch_import.Rules,
   loss: types.LossFn,
   weights: types.Params,
   example: types.Batch,
@@ -109,7 +113,7 @@ def compare_loss(
 
   Args:
     z: the file.
-    system: for its torch_rules.
+    rules: of the model's state_dict, see `models.torch_rules`.
     loss: the loss; run without randomness.
     weights, example, extra: its arguments.
     parts: name of a metric -> its recorded name below "loss/", where they differ.
@@ -121,11 +125,11 @@ def compare_loss(
   metrics = {f"loss/{parts.get(name, name)}": part for name, part in aux.metrics.items()}
   yield from compare_outputs(z, {**metrics, total: value})
   group, theirs = gradients.rstrip("/"), under(z, gradients)
-  recorded = torch_import.from_torch(weights, theirs, system.torch_rules)
+  recorded = torch_import.from_torch(weights, theirs, rules)
   leaves = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(recorded), strict=True)
   for (path, ours), expected in leaves:
     yield group, jax.tree_util.keystr(path, simple=True, separator="/"), ours, expected
-  for name in torch_import.ignored(theirs, system.torch_rules):
+  for name in torch_import.ignored(theirs, rules):
     yield group, name, np.zeros_like(theirs[name]), theirs[name]
 
 

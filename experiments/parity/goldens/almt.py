@@ -40,12 +40,12 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     bert=config["bert_config"],
   )
   batch = goldens.batch(z)
-  params = goldens.params(system, goldens.spec(batch), z)
+  params = goldens.params(system, almt.TORCH_RULES, goldens.spec(batch), z)
   out = jax.jit(system.predict)(params, batch, {})
   named = {f"mid/{theirs}": out[ours] for theirs, ours in MIDDLE.items()}
   named["output/M"] = np.reshape(out["prediction"], z["output/M"].shape)
   for n in range(config["AHL_depth"]):
     named |= {f"mid/l_encoder_{n}": out[f"text_{n}"], f"mid/h_hyper_layer{n}": out[f"hyper_{n}"]}
   yield from goldens.compare_outputs(z, named)
-  yield from goldens.compare_loss(z, system, system.phases[0].loss, params, batch, {})
+  yield from goldens.compare_loss(z, almt.TORCH_RULES, system.loss, params, batch, {})
   yield from goldens.compare_rates(z, config["learning_rate"])

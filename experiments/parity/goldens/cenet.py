@@ -24,9 +24,11 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   """Yields outputs, intermediates, loss and gradients."""
   system = cenet.make(bert=goldens.config(z)["bert_config"])
   batch = goldens.batch(z)
-  params = goldens.params(system, goldens.spec(batch, num_classes=goldens.num_classes(z)), z)
+  params = goldens.params(
+    system, cenet.TORCH_RULES, goldens.spec(batch, num_classes=goldens.num_classes(z)), z
+  )
   out = jax.jit(system.predict)(params, batch, {})
   named = {f"mid/{theirs}": out[ours] for theirs, ours in MIDDLE.items()}
   named["output/M"] = np.reshape(out["prediction"], z["output/M"].shape)
   yield from goldens.compare_outputs(z, named)
-  yield from goldens.compare_loss(z, system, system.phases[0].loss, params, batch, {})
+  yield from goldens.compare_loss(z, cenet.TORCH_RULES, system.loss, params, batch, {})

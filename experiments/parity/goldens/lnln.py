@@ -59,7 +59,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     "fusion": dmml["fuison_transformer"],
   }
   shape = {
-    ours: lnln.Shape({part: settings[theirs] for part, settings in parts.items()})
+    ours: {part: settings[theirs] for part, settings in parts.items()}
     for ours, theirs in (("depth", "depth"), ("heads", "heads"), ("hidden_size", "hidden_dim"))
   }
   hyper = dmml["hyper_modality_learning"]
@@ -79,18 +79,9 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     bert=config["bert_config"],
     **settings,
   )
-  module = lnln.Lnln(
-    num_outputs=1,
-    correction=True,
-    hyper_learning=True,
-    reconstruction=True,
-    reversal="proxy",
-    proxy="generator",
-    bert=bert.make_config(config["bert_config"]),
-    **settings,
-  )
+  module = lnln.Lnln(bert=bert.setup(config["bert_config"]), **settings)
   batch = read_batch(z)
-  params = goldens.params(system, goldens.spec(batch), z)
+  params = goldens.params(system, lnln.TORCH_RULES, goldens.spec(batch), z)
   out = jax.jit(lambda p: module.apply({"params": p}, batch, True))(params)
   named = {f"mid/{theirs}": out[ours] for theirs, ours in MIDDLE.items()}
   named |= {f"mid/{theirs}#2": out[f"{MIDDLE[theirs]}_complete"] for theirs in CLEAN}
@@ -104,5 +95,5 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   named["output/eval_w"] = predicted["w"]
   named["output/eval_sentiment_preds"] = predicted["prediction"][:, None]
   yield from goldens.compare_outputs(z, named)
-  yield from goldens.compare_loss(z, system, system.phases[0].loss, params, batch, {})
+  yield from goldens.compare_loss(z, lnln.TORCH_RULES, system.loss, params, batch, {})
   yield from goldens.compare_rates(z, base["lr"])

@@ -49,10 +49,9 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     bert=config["bert_config"],
   )
   batch = goldens.batch(z)
-  params = goldens.params(system, goldens.spec(batch), z)
-  zero = jnp.int32(0)
+  params = goldens.params(system, mmim.TORCH_RULES, goldens.spec(batch), z)
   past = memory(z, size)
-  extra = {"epoch": zero, "memory_epoch": zero, "batches": jnp.int32(size + 1), "memory": past}
+  extra = {"batches": jnp.int32(size + 1), "memory": past}
   out = jax.jit(system.predict)(params, batch, extra)
   named = {f"output/{theirs}": out[ours] for theirs, ours in FEATURES.items()}
   named["output/M"] = np.reshape(out["prediction"], z["output/M"].shape)
@@ -76,10 +75,10 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   mi, main = system.phases
   named["loss/total_without_H"] = jax.jit(lambda: main.loss(params, batch, None, full)[0])()
   yield from goldens.compare_outputs(z, named)
-  yield from goldens.compare_loss(z, system, main.loss, params, batch, extra)
+  yield from goldens.compare_loss(z, mmim.TORCH_RULES, main.loss, params, batch, extra)
   yield from goldens.compare_loss(
     z,
-    system,
+    mmim.TORCH_RULES,
     mi.loss,
     params,
     batch,

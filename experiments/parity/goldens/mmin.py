@@ -1,7 +1,7 @@
 """Compares MMIN with a recorded run of the authors' code, its variants and its first stage."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from experiments.parity import goldens
-from mmjax import layers, masking, optim, torch_import, types
+from mmjax import bert, layers, masking, models, optim, torch_import, types
 from mmjax.models import mmin
 
 # Recorded names of modalities, in the order of `missing_index`, and ours.
@@ -40,8 +40,15 @@ VARIANTS = {
 }
 
 
-def make(config: Mapping[str, Any], weights=(1.0, 1.0, 1.0), **changes) -> types.System:
-  """The recorded network."""
+class Recorded(NamedTuple):
+  """The recorded network, and what its published names stand for."""
+
+  system: types.System
+  rules: torch_import.Rules
+
+
+def make(config: Mapping[str, Any], weights=(1.0, 1.0, 1.0), **changes) -> Recorded:
+  """The recorded network, or a variant of it."""
   settings = dict(
     embedding_sizes=[config[f"embd_size_{m}"] for m in "alv"],
     pooling=config["embd_method_a"],
@@ -53,7 +60,8 @@ def make(config: Mapping[str, Any], weights=(1.0, 1.0, 1.0), **changes) -> types
     share_weight=config["share_weight"],
     **dict(zip(WEIGHTS, weights, strict=True)),
   )
-  return mmin.make(**{**settings, **changes})
+  settings |= changes
+  return Recorded(mmin.make(**settings), models.torch_rules("mmin", **settings))
 
 
 def read_batch(z: goldens.Arrays) -> types.Batch:
@@ -120,12 +128,13 @@ def compare_norms(
 def compare_student(
   z: goldens.Arrays,
   prefix: str,
-  system: types.System,
+  model: Recorded,
   params: types.Params,
   batch: types.Batch,
   extra: types.Extra,
 ) -> Iterator[goldens.Row]:
   """Rows of the student's outputs, loss parts and gradients below a prefix."""
+  system, rules = model
   name = prefix.split("/")[-2] if prefix else ""
   group = {kind: f"{kind} {name}".strip() for kind in ("output", "loss", "grad")}
 
@@ -143,9 +152,9 @@ def compare_student(
   yield from recorded(z, group["output"], found)
   parts = {f"{prefix}loss/{part}": value for part, value in aux.metrics.items()}
   yield from recorded(z, group["loss"], {**parts, f"{prefix}loss/total": total})
-  yield from compare_tree(z, group["grad"], f"{prefix}grad/", system.torch_rules, grads)
+  yield from compare_tree(z, group["grad"], f"{prefix}grad/", rules, grads)
   skipped = f"{prefix}gradstat_skipped/"
-  yield from compare_norms(z, group["grad"], skipped, system.torch_rules, grads)
+  yield from compare_norms(z, group["grad"], skipped, rules, grads)
   for n, number in enumerate(statistics_numbers(z)):
     for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
       key = f"{prefix}param_after_forward/C.module.{number}.{theirs}"
@@ -170,7 +179,7 @@ def statistics_numbers(z: goldens.Arrays) -> list[str]:
 
 
 def compare_steps(
-  z: goldens.Arrays, config: Mapping[str, Any], system: types.System, params: types.Params, batch
+  z: goldens.Arrays, config: Mapping[str, Any], model: Recorded, params: types.Params, batch
 ) -> Iterator[goldens.Row]:
   """Rows of optimizer steps on one batch: Adam (β₁ = 0.5), the norm of each network clipped."""
   networks = [f"student/encoders/{m}/" for m in LETTERS.values()]
@@ -180,7 +189,7 @@ def compare_steps(
     b1=config["beta1"],
     groups=[(network, {"clip_norm": 1.0}) for network in networks],
   )
-  phase = system.phases[1]
+  phase = model.system.phases[1]
   trained, constant = optim.split(params, phase.trains)
 
   @jax.jit
@@ -200,7 +209,7 @@ def compare_steps(
     yield "after_step", name, parts, z[name]
   after = optim.merge(trained, constant)
   prefix = f"after_step/{len(names)}/"
-  yield from compare_tree(z, "after_step", prefix, system.torch_rules, after)
+  yield from compare_tree(z, "after_step", prefix, model.rules, after)
 
 
 def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
@@ -208,33 +217,33 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   config = goldens.config(z)
   if config["embd_method_a"] != config["embd_method_v"]:
     raise ValueError("audio and vision are pooled in two ways; here it is one for both.")
-  system, batch = make(config), read_batch(z)
+  model, batch = make(config), read_batch(z)
   spec = goldens.spec(batch, num_classes=config["output_dim"])
   stage1 = {f"pretrained.{name}": w for name, w in goldens.under(z, "stage1/param/").items()}
   weights = {**goldens.under(z, "param/"), **stage1}
 
-  def load(system, weights):
-    template = jax.eval_shape(lambda: system.init(jax.random.key(0), spec)[0])
-    return torch_import.from_torch(template, weights, system.torch_rules)
+  def load(model, weights):
+    template = jax.eval_shape(lambda: model.system.init(jax.random.key(0), spec)[0])
+    return torch_import.from_torch(template, weights, model.rules)
 
-  params = load(system, weights)
-  yield from compare_student(z, "", system, params, batch, {})
+  params = load(model, weights)
+  yield from compare_student(z, "", model, params, batch, {})
   for part, own in PARTS.items():
     if not goldens.under(z, f"gradpart_{part}/"):
       continue
-    alone = make(config, own)
-    grads = jax.jit(jax.grad(lambda p, s=alone: s.phases[1].loss(p, batch, None, {})[0]))(params)
-    yield from compare_tree(z, "gradpart", f"gradpart_{part}/", system.torch_rules, grads)
-    yield from compare_norms(z, "gradpart", f"gradpart_{part}_stat/", system.torch_rules, grads)
+    alone = make(config, own).system.loss
+    grads = jax.jit(jax.grad(lambda p, loss=alone: loss(p, batch, None, {})[0]))(params)
+    yield from compare_tree(z, "gradpart", f"gradpart_{part}/", model.rules, grads)
+    yield from compare_norms(z, "gradpart", f"gradpart_{part}_stat/", model.rules, grads)
   for name, own in OTHER_WEIGHTS.items():
     if not goldens.under(z, f"variant/{name}/"):
       continue
-    total = jax.jit(make(config, own).phases[1].loss)(params, batch, None, {})[0]
+    total = jax.jit(make(config, own).system.loss)(params, batch, None, {})[0]
     yield from recorded(z, "loss", {f"variant/{name}/loss/total": total})
-  yield from compare_steps(z, config, system, params, batch)
+  yield from compare_steps(z, config, model, params, batch)
 
   sizes = tuple(config[f"embd_size_{m}"] for m in "alv")
-  encoders = mmin.Encoders(sizes, config["embd_method_a"], None)
+  encoders = mmin.Encoders(sizes, config["embd_method_a"], bert.setup(None))
   target = encoders.apply({"params": params["teacher"]["encoders"]}, masking.complement(batch))
   found = {f"output/T_embd_{letter}": target[m] for letter, m in LETTERS.items()}
   yield from recorded(z, "output", {**found, "output/T_embds": mmin.concatenate(target)})
@@ -261,13 +270,15 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     yield from compare_student(z, prefix, other, load(other, own), batch, extra)
 
   module = mmin.Teacher(
-    encoders,
-    mmin.Classifier(
-      tuple(int(n) for n in config["cls_layers"].split(",")), config["output_dim"], 0.0, False
-    ),
+    num_outputs=config["output_dim"],
+    embedding_sizes=sizes,
+    pooling=config["embd_method_a"],
+    classifier_sizes=[int(n) for n in config["cls_layers"].split(",")],
+    dropout=0.0,
+    bert=bert.setup(None),
   )
   out = module.apply({"params": params["teacher"]}, masking.complete(batch))
-  value = jax.jit(system.phases[0].loss)(params, batch, None, {})[0]
-  found = {"feat": out["embedding"], "logits": out["scores"]}
+  value = jax.jit(model.system.phases[0].loss)(params, batch, None, {})[0]
+  found = {"feat": out["embedding"], "logits": out["prediction"]}
   named = {f"stage1/output/{name}": tensor for name, tensor in found.items()}
   yield from recorded(z, "stage1", {**named, "stage1/loss/ce": value})

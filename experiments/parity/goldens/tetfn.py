@@ -24,7 +24,9 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     bert=config["bert_config"],
   )
   batch = goldens.batch(z)
-  params = goldens.params(system, goldens.spec(batch, config["train_samples"]), z)
+  params = goldens.params(
+    system, tetfn.TORCH_RULES, goldens.spec(batch, config["train_samples"]), z
+  )
   out = jax.jit(system.predict)(params, batch, {})
   named = {"mid/text_model": out["text_states"]}
   for theirs, ours in (("proj_l", "text"), ("audio_model", "audio"), ("video_model", "vision")):
@@ -40,4 +42,4 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     raw = jnp.asarray(z[f"input/align_raw_{name}"])
     named[f"output/aligned_{name}"] = tetfn.align(raw, batch.text.x.shape[1])
   yield from goldens.compare_outputs(z, named)
-  yield from self_mm.compare_tasks(z, system, params, batch, out)
+  yield from self_mm.compare_tasks(z, system, tetfn.TORCH_RULES, params, batch, out)

@@ -46,13 +46,12 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   weights, similarity = config["weight_gen_loss"], config["weight_sim_loss"]
   system = tfr_net.make(**settings, bert=config["bert_config"])
   module = tfr_net.TfrNet(
-    num_outputs=1,
     text_dropout=0.0,
     attention_dropout=(0.0, 0.0, 0.0),
     transformer_dropout=0.0,
     gate_dropout=0.0,
     head_dropout=0.0,
-    bert=bert.make_config(config["bert_config"]),
+    bert=bert.setup(config["bert_config"]),
     **settings,
   )
   batch = read_batch(z)
@@ -60,7 +59,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   template = jax.eval_shape(lambda: system.init(jax.random.key(0), spec)[0])
   recorded = goldens.under(z, "param/")
   norm = {ours: jnp.asarray(recorded.pop(theirs)) for ours, theirs in STATISTICS.items()}
-  params = goldens.torch_import.from_torch(template, recorded, system.torch_rules)
+  params = goldens.torch_import.from_torch(template, recorded, tfr_net.TORCH_RULES)
   extra = {"batch_stats": {"head_norm": norm}}
 
   def run(params, **how):
@@ -88,7 +87,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   named["output/M"] = np.reshape(out["prediction"], z["output/M"].shape)
   yield from goldens.compare_outputs(z, named)
   parts = {f"gen_{name}": f"gen_{name}_unweighted" for name in types.MODALITIES}
-  yield from goldens.compare_loss(z, system, loss, params, batch, extra, parts=parts)
+  yield from goldens.compare_loss(z, tfr_net.TORCH_RULES, loss, params, batch, extra, parts=parts)
   trained = lambda p: module.apply(  # noqa: E731
     {"params": p, **extra}, batch, generate=False, train=True, mutable=["batch_stats"]
   )
