@@ -38,22 +38,12 @@ def import_state(
   What the last phase does not train, as MMIN's teacher, may be absent: it has no part in
   predictions and keeps its initial values.
   """
-<<<<<<< HEAD
   run = build.make_run(config, build.load_data(config, data_dir))
   system, given = run.recipe.system, settings.plain(config.model)
   params, extra = system.init(jax.random.key(0), run.dataset.spec)
   rules = models.torch_rules(given.pop("name"), **given)
   params = torch_import.from_torch(params, state, rules, required=system.phases[-1].trains)
   return run, {"params": params, "extra": extra}
-=======
-  dataset = run_lib.load_data(config, data_dir)
-  system = run_lib.make_system(config)
-  params, extra = system.init(jax.random.key(0), dataset.spec)
-  settings = config.model.to_dict()
-  rules = models.torch_rules(settings.pop("name"), **settings)
-  params = torch_import.from_torch(params, state, rules, required=system.phases[-1].trains)
-  return {"params": params, "extra": extra}
->>>>>>> h-models
 
 
 @cli.binary(_FLAGS, __doc__, required=["config", "checkpoint", "out"])
