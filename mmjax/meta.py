@@ -465,7 +465,10 @@ def spl(mask: types.MaskFn) -> types.Method:
 
 def _with_unit_rates(settings):
   """The settings of `optim.make` with learning rates of 1, that of each group too."""
-  groups = [(p, {**group, "learning_rate": 1.0}) for p, group in settings.get("groups", ())]
+  groups = settings.get("groups", ())
+  if any(isinstance(s.get("learning_rate"), Mapping) for s in (settings, *(g for _, g in groups))):
+    raise types.UsageError("learned inner rates start at constants, but one is a schedule.")
+  groups = [(pattern, {**group, "learning_rate": 1.0}) for pattern, group in groups]
   return {**settings, "learning_rate": 1.0, "groups": groups}
 
 
@@ -473,10 +476,7 @@ def _initial_rates(settings, params):
   """The learning rate of each leaf, as SGD with these settings shows it: a step down from 1."""
 
   def rate_of(settings):
-    found = {k: v for k, v in settings.items() if k == "learning_rate"}
-    if isinstance(found.get("learning_rate"), Mapping):
-      raise types.UsageError("learned inner rates start at constants, but one is a schedule.")
-    return found
+    return {key: value for key, value in settings.items() if key == "learning_rate"}
 
   groups = [(pattern, rate_of(group)) for pattern, group in settings.get("groups", ())]
   sgd = optim.make(name="sgd", **rate_of(settings), groups=groups)

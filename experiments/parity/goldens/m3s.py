@@ -49,29 +49,26 @@ def _flat(z, params) -> np.ndarray:
   return np.concatenate([np.asarray(params[entry["name"]]).ravel() for entry in _spec(z)])
 
 
-def _batch(z, mode, steps, dtype) -> types.Batch:
-  """X1 and X2 as one batch of 2B rows; the recorded masks lie in `info`, [2B, 1 + steps, T]."""
+def _batch(z, mode, name, steps, dtype) -> types.Batch:
+  """X1 or X2, each of as many rows as are recorded.
 
-  def both(key):
-    return np.concatenate([z[key.format("X1")], z[key.format("X2")]])
+  The recorded masks lie in `info`, [B, 1 + steps, T]: the fixed one, and that of each inner step.
+  X2 has one mask, which stands at all places.
+  """
 
-  def modality(name):
-    x = jnp.asarray(both(f"input/{{}}/{name}"), dtype)
+  def modality(of):
+    x = jnp.asarray(z[f"input/{name}/{of}"], dtype)
     x = x if x.ndim == 3 else x[..., None]  # the text vector: its entries are the steps
     return types.modality(x)
 
-  def masks(name):
-    fixed = both(f"mask/{mode}/{{}}/{name}")
-    fresh = [
-      np.concatenate([z[f"mask/{mode}/X1_step{i}/{name}"], z[f"mask/{mode}/X2/{name}"]])
-      for i in range(steps)
-    ]
-    return jnp.asarray(np.stack([fixed, *fresh], 1), dtype)
+  def masks(of):
+    fresh = [f"{name}_step{i}" if name == "X1" else name for i in range(steps)]
+    return jnp.asarray(np.stack([z[f"mask/{mode}/{m}/{of}"] for m in (name, *fresh)], 1), dtype)
 
-  label = jnp.asarray(both("input/{}/label"), dtype)
+  label = jnp.asarray(z[f"input/{name}/label"], dtype)
+  info = {of: masks(of) for of in types.MODALITIES}
   rows = jnp.arange(len(label))
-  info = {name: masks(name) for name in types.MODALITIES}
-  return types.Batch(*(modality(name) for name in types.MODALITIES), label, rows, info)
+  return types.Batch(*(modality(of) for of in types.MODALITIES), label, rows, info)
 
 
 def _given_mask(mode, which_of) -> types.MaskFn:
@@ -134,9 +131,8 @@ def _loss_of(mode) -> types.LossFn:
 def _theta0(z, mode, case, dtype):
   params = _params(z, dtype)
   mask = _given_mask(mode, lambda key: 0)
-  halves = meta.split_support_query(_batch(z, mode, 0, dtype))
-  for name, half in zip(("X1", "X2"), halves, strict=True):
-    masked = mask(None, half)
+  for name in ("X1", "X2"):
+    masked = mask(None, _batch(z, mode, name, 0, dtype))
     prediction, before, after = _forward(params, masked, mode)
     (value, _), grads = jax.value_and_grad(_loss_of(mode), has_aux=True)(params, masked, None, {})
     yield f"{name}/pred", prediction
@@ -153,7 +149,7 @@ def _meta_step(z, mode, case, dtype):
   momentum = re.search(r"momentum([\d.]+)", case)
   inner = optax.sgd(config["alpha"], momentum=float(momentum.group(1)) if momentum else None)
   params = _params(z, dtype)
-  batch = _batch(z, mode, steps if fresh else 0, dtype)
+  support, query = (_batch(z, mode, name, steps * fresh, dtype) for name in ("X1", "X2"))
   key = jax.random.key(0)
   keys = meta.meta_keys(key, steps, fresh)
   loss = _loss_of(mode)
@@ -174,10 +170,9 @@ def _meta_step(z, mode, case, dtype):
 
   @jax.jit
   def everything(params):  # one program: compiling is what takes the time
-    support, _ = meta.split_support_query(batch)
     adapted = meta.adapt(loss, mask, params, support, keys, {}, optimizer=inner, fresh_masks=fresh)
     grads = {
-      order: jax.value_and_grad(meta_loss, has_aux=True)(params, batch, key, {})
+      order: jax.value_and_grad(meta_loss, has_aux=True)(params, (support, query), key, {})
       for order, meta_loss in meta_losses.items()
     }
     return adapted, grads
