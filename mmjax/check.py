@@ -79,6 +79,7 @@ def check(
   path: str,
   dataset: str,
   *,
+  task: str | None = None,
   label_range: tuple[float, float] | None = None,
   own: bool = False,
 ) -> Checked:
@@ -89,6 +90,7 @@ def check(
       ids tuples such as (video, start, end); MulT's `labels` stands for the labels.
     path: the file (or what else names the data), for messages.
     dataset: its name; known ones bring the labels' range.
+    task: "regression" or "classification", if it is known; what only the other needs is not noted.
     label_range: smallest and largest label, if the name is not a known one.
     own: whether `found` may be emptied and its arrays written to, which saves memory.
 
@@ -116,7 +118,8 @@ def check(
     arrays[split] = _check_split(fields, path, split, notes)
     _check_values(arrays[split], path, split, dataset, label_range)
   _check_across(arrays, path)
-  _check_classes(arrays, path, notes)
+  if CLASSES in arrays["train"]:
+    notes += _check_classes(arrays, path) if task != "regression" else []
   replaced, moved = {}, {}
   for split, fields in arrays.items():
     replaced[split] = _replace(fields, split, own, notes)
@@ -301,20 +304,15 @@ def _check_across(arrays, path) -> None:
         fail(path, split, "id", found=found, expected="each id once")
 
 
-def _check_classes(arrays, path, notes) -> None:
-  """Classes begin at 0; one that no training sample has is noted."""
-  if CLASSES not in arrays["train"]:
-    return
+def _check_classes(arrays, path) -> list[str]:
+  """Classes begin at 0; those that no training sample has are noted."""
   found = np.unique(np.concatenate([fields[CLASSES] for fields in arrays.values()]))
   if found[0] > 0:
     expected = f"classes from 0 on; subtract {found[0]:g}"
-    fail(
-      path, None, CLASSES, found=f"classes from {found[0]:g} on in all splits", expected=expected
-    )
+    fail(path, None, CLASSES, found=f"no class below {found[0]:g}", expected=expected)
   unseen = np.setdiff1d(np.arange(found[-1] + 1), arrays["train"][CLASSES])
-  if len(unseen):
-    listed = ", ".join(f"{c:g}" for c in unseen[:9])
-    notes.append(f"train/{CLASSES}: no sample has the class {listed}")
+  listed = ", ".join(f"{c:g}" for c in unseen[:9])
+  return [f"train/{CLASSES}: no sample has the class {listed}"] if len(unseen) else []
 
 
 def _replace(fields, split, own, notes) -> dict[str, int]:

@@ -7,9 +7,9 @@ the data are not aligned, `regression_labels` and `classification_labels` [N].
 pass the same check, see `check`.
 """
 
-import collections
 import json
 import logging
+import math
 import os
 import pathlib
 import warnings
@@ -98,9 +98,10 @@ def from_arrays(
   Warns:
     UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
-  checked = check.check(arrays, name, name, label_range=label_range)
+  _check_options(text, task)
+  checked = check.check(arrays, name, name, task=task, label_range=label_range)
   for note in checked.notes:
-    warnings.warn(note, stacklevel=2)
+    warnings.warn(f"{name}: {note}", stacklevel=2)
   return make_dataset(
     checked.arrays,
     name=name,
@@ -121,10 +122,7 @@ def make_dataset(
   label_range: tuple[float, float] | None = None,
 ) -> Dataset:
   """`from_arrays` of arrays that were checked, such as converted ones."""
-  if text not in TEXTS:
-    raise DataError(f"text is {text!r}, expected one of {TEXTS}.")
-  if task not in TASKS:
-    raise DataError(f"task is {task!r}, expected one of {TASKS}.")
+  _check_options(text, task)
   splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
   if standardize:
     found = _moments(splits["train"])
@@ -134,6 +132,13 @@ def make_dataset(
   spec = make_spec(splits["train"], labels, name, task, label_range, largest)
   ids = {split: [str(i) for i in arrays[split]["id"]] for split in SPLITS}
   return Dataset(**splits, spec=spec, ids=ids, name=name)
+
+
+def _check_options(text: str, task: str) -> None:
+  if text not in TEXTS:
+    raise DataError(f"text is {text!r}, expected one of {TEXTS}.")
+  if task not in TASKS:
+    raise DataError(f"task is {task!r}, expected one of {TASKS}.")
 
 
 def make_spec(
@@ -321,11 +326,15 @@ def read_arrays(
 
 def read_columns(builder: Any, split: str, **options: Any) -> dict[str, np.ndarray]:
   """A split as arrays; `builder` and `options`, such as `decoders`, are TensorFlow Datasets'."""
-  columns = collections.defaultdict(list)
-  for rows in _batches(builder, split, **options):
-    for key, values in rows.items():
-      columns[key].append(values)
-  return {key: _decode(np.concatenate(parts)) for key, parts in columns.items()}
+  rows = builder.info.splits[split].num_examples
+  columns, start = {}, 0
+  for part in _batches(builder, split, **options):
+    for key, values in part.items():
+      if key not in columns:
+        columns[key] = np.empty((rows, *values.shape[1:]), values.dtype)
+      columns[key][start : start + len(values)] = values
+    start += len(next(iter(part.values())))
+  return {key: _decode(values) for key, values in columns.items()}
 
 
 def _decode(values: np.ndarray) -> np.ndarray:
@@ -351,15 +360,18 @@ def _worth_reading(record: logging.LogRecord) -> bool:
   return "tensorflow_datasets" not in record.pathname or record.levelno >= logging.ERROR
 
 
-def _batches(builder, split: str, size: int = 512, **options) -> Iterator[dict[str, np.ndarray]]:
-  """A split's rows in their order, up to `size` at a time."""
+def _batches(builder, split: str, **options) -> Iterator[dict[str, np.ndarray]]:
+  """A split's rows in their order, some megabytes at a time (more makes TensorFlow warn)."""
   tfds = import_tfds()
+  kinds = {key: feature.np_dtype for key, feature in builder.info.features.items()}
   if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+    features = builder.info.features.values()
+    row = sum(math.prod(f.shape) * np.dtype(f.np_dtype).itemsize for f in features)
+    size = max(1, min(512, (1 << 25) // max(1, row)))
     dataset = builder.as_dataset(split, batch_size=size, shuffle_files=False, **options)
     yield from tfds.as_numpy(dataset)
     return
-  kinds = {key: feature.np_dtype for key, feature in builder.info.features.items()}
-  for row in builder.as_data_source(split):
+  for row in builder.as_data_source(split, **options):
     yield {key: np.array([value], kinds[key]) for key, value in row.items()}
 
 

@@ -9,12 +9,11 @@ all its channels are zero:
   would fit into it is moved forward, by the padding in front or by the empty steps there,
   whichever are fewer. Empty steps within a length are real. What does not fit is not read, and
   noted. A length of 0 on a row that is not empty was no length: the values decide.
-- Without a length: empty steps at the end are padding. A row that begins empty and ends otherwise
-  is padded in front, unless its split looks padded at the end: at least as many rows are, and at
-  least as many begin otherwise and fill the whole length. Such rows stay as they are, and are
-  noted.
-- An attention mask that begins with zeros, or marks two or more leading [PAD] as real, is padded
-  in front, and the states of the same text are moved with it.
+- Without a length: empty steps at the end are padding. A row that begins empty and does not end so
+  is padded in front if, in its split, more rows are like it than end empty; or more than fill the
+  whole length otherwise, and more than begin and end empty. Else it stays as it is, and is noted.
+- An attention mask that begins with zeros, or marks leading [PAD] as real, is padded in front, and
+  the states of the same text are moved with it.
 """
 
 from collections.abc import Iterator
@@ -84,8 +83,9 @@ class _Split:
     (words, _), (lead, end) = extent(ids), extent(mask)
     steps = ids.shape[1]
     shift = np.where(end > 0, lead, 0)
-    # one leading 0 may be another vocabulary's first token, two cannot
-    hidden = (words >= 2) & (words < steps) & (words > shift) & (end > words)
+    # where all rows begin with one 0, it may be another vocabulary's first token
+    least = 1 if (words == 0).any() else 2
+    hidden = (words >= least) & (words < steps) & (words > shift) & (end > words)
     if hidden.any():
       mask = self.change("text_bert")[:, 1]
       mask[hidden[:, None] & (np.arange(steps) < words[:, None])] = 0
@@ -97,11 +97,15 @@ class _Split:
     """[N] shifts of rows without lengths."""
     steps = self.fields[key].shape[1]
     front = (first > 0) & (first < end) & (end == steps)
-    back = (first == 0) & (end > 0) & (end < steps)
-    full = (first == 0) & (end == steps)
-    if front.sum() > back.sum():
+    others = (
+      (end > 0) & (end < steps),
+      (first == 0) & (end == steps),
+      (first > 0) & (first < end) & (end < steps),
+    )
+    ending, full, both = (count.sum() for count in others)
+    if front.sum() > ending:  # then so are those that begin and end empty
       return np.where(first < end, first, 0)
-    if front.sum() > full.sum():
+    if front.sum() > max(full, both):
       return np.where(front, first, 0)
     text = "begin with empty steps and fill the length: they are read as they are, not as padded"
     self.note(key, front, text + " in front; give lengths to be sure")
@@ -118,10 +122,12 @@ class _Split:
       return shift, lengths
     shift = self.unmeasured("text", first, end)
     if shift.any():
-      for key in ("audio", "vision"):  # aligned: a word may be unknown, and its vector zero
-        if f"{key}_lengths" not in self.fields and self.fields[key].shape[1] == x.shape[1]:
-          begin = extent(self.fields[key])[0]
-          shift = np.where(begin > 0, np.minimum(shift, begin), shift)
+      for key in ("audio", "vision"):
+        other = self.fields[key]
+        if f"{key}_lengths" not in self.fields and other.shape[1] == x.shape[1]:
+          begin, stop = extent(other)  # aligned: the first word may lack a vector
+          known = (begin > 0) | (stop == x.shape[1])
+          shift = np.where(known, np.minimum(shift, begin), shift)
     self.move("text", shift)
     return shift, np.maximum(end - shift, 0)
 

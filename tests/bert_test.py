@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mmjax import bert
+from mmjax import bert, types
 
 SETTINGS = {
   "vocab_size": 11,
@@ -120,6 +120,53 @@ def test_load(tmp_path, params, kind):
   replaced = setup.with_weights({"bert": None, "head": 1})
   np.testing.assert_array_equal(replaced["bert"]["word_embeddings"], params["word_embeddings"])
   assert replaced["head"] == 1
+
+
+def test_shards(tmp_path, params):
+  """What `save_pretrained` writes of a large model: files, and an index of names."""
+  state = published_names(params)
+  names = sorted(state)
+  parts = {f"model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
+  for file, held in parts.items():
+    safetensors.numpy.save_file({name: state[name] for name in held}, tmp_path / file)
+  index = {"metadata": {}, "weight_map": {n: file for file, held in parts.items() for n in held}}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+  (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
+  jax.tree.map(np.testing.assert_array_equal, bert.load(tmp_path)[1], params)
+  (tmp_path / "model-00002-of-00002.safetensors").unlink()
+  with pytest.raises(
+    bert.BertFolderError, match="model-00002-of-00002.safetensors: cannot be read"
+  ):
+    bert.load(tmp_path)
+  (tmp_path / "model.safetensors.index.json").write_text("[]")
+  with pytest.raises(bert.BertFolderError, match="index.json: cannot be read"):
+    bert.load(tmp_path)
+
+
+def spec_of(tokens=True, vocab=11, length=7):
+  text = types.ModalitySpec(length, 0, True, vocab) if tokens else types.ModalitySpec(length, 9)
+  return types.Spec(text, types.ModalitySpec(3, 2), types.ModalitySpec(3, 2), num_train=4)
+
+
+def test_token_ids_need_weights_unless_random_ones_are_asked_for(tmp_path, params):
+  write(tmp_path, published_names(params))
+  for settings in (None, {}, {"folder": ""}, {"hidden_dropout_prob": 0.2}):
+    with pytest.raises(types.UsageError, match=r"--config\.model\.bert\.folder.*from_scratch"):
+      bert.setup(settings).check(spec_of())
+    bert.setup(settings).check(spec_of(tokens=False))  # features need no BERT
+  for settings in ({"from_scratch": True}, SETTINGS, {"folder": tmp_path}):
+    bert.setup(settings).check(spec_of())
+  with pytest.raises(types.UsageError, match="exclude each other"):
+    bert.setup({"folder": tmp_path, "from_scratch": True})
+
+
+def test_token_ids_are_held_against_the_vocabulary_and_the_positions():
+  setup = bert.setup(SETTINGS)
+  with pytest.raises(types.UsageError, match="token id 11, but the BERT's vocabulary has only 11"):
+    setup.check(spec_of(vocab=12))
+  with pytest.raises(types.UsageError, match="7 positions, but the text has 8"):
+    setup.check(spec_of(length=8))
+  setup.check(spec_of(tokens=False, vocab=12, length=8))
 
 
 def test_half_precision_weights_become_float32(tmp_path, params):

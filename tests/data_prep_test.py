@@ -1,5 +1,6 @@
 import collections
 import copy
+import json
 import os
 import pathlib
 import pickle
@@ -7,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from data_prep import card, check, convert, unpickle
-from mmjax import data, synthetic
+from mmjax import data, padding, synthetic
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARRAYS = synthetic.make_arrays(seed=2, num_train=12, num_valid=4, num_test=4)
@@ -125,57 +127,6 @@ def test_a_missing_file_is_named(tmp_path):
     check.read(tmp_path / "gone.pkl", "any")
 
 
-# -- checking --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  "split, key, value, found",
-  [
-    ("valid", "audio", None, "the keys"),
-    ("test", "regression_labels", np.zeros(3, np.float32), "3 rows, expected 4"),
-    ("train", "vision", np.zeros((12, 25)), r"shape \(12, 25\), expected 3 axes"),
-    ("valid", "id", [], "no rows"),
-    ("test", "id", ["a", "b", "a", "c"], "'a' twice"),
-    ("train", "regression_labels", np.full(12, 3.5, np.float32), "3.5 in row 0"),
-    ("train", "regression_labels", np.full(12, np.nan, np.float32), "nan in row 0"),
-    ("train", "classification_labels", np.full(12, 0.5), "0.5 in row 0"),
-    ("train", "audio_lengths", [31] * 12, "31 in row 0.*expected 0 to 30"),
-    ("test", "audio", np.zeros((4, 30, 9), np.float32), r"rows of shape \(30, 9\)"),
-    ("test", "text_bert", np.zeros((4, 2, 20), np.float32), r"\[N, 3, L\]"),
-    ("test", "id", list(ARRAYS["train"]["id"][:4]), "which is in 'train' too"),
-    ("test", "annotations", None, "it in some splits only"),
-    ("test", "audio", [[1.0], [2.0, 3.0]], "no array of numbers"),
-  ],
-)
-def test_a_fault_is_named_with_file_split_and_key(split, key, value, found):
-  expected = rf"mosi\.pkl, split '{split}', key '{key}': found .*{found}"
-  with pytest.raises(data.DataError, match=expected):
-    check.check(edited(split, key, value), "mosi.pkl", "mosi")
-
-
-def test_missing_splits_and_other_things_are_named():
-  arrays = {split: fields for split, fields in ARRAYS.items() if split != "valid"}
-  with pytest.raises(data.DataError, match=r"f\.pkl, split 'valid': found the splits"):
-    check.check(arrays, "f.pkl", "any")
-  with pytest.raises(data.DataError, match="found a list, expected a dictionary"):
-    check.check([1], "f.pkl", "any")
-
-
-def test_values_that_are_not_finite_become_zero_and_are_counted(tmp_path):
-  arrays = copy.deepcopy(ARRAYS)
-  arrays["train"]["audio"][0, 0, :3] = [-np.inf, np.nan, np.inf]
-  checked = check.check(arrays, "f.pkl", "any")
-  assert checked.replaced["train"] == {"audio": 3} and not checked.replaced["test"]
-  assert (checked.arrays["train"]["audio"][0, 0, :3] == 0).all()
-  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
-  text = card.to_text(card.make_card(check.read(path, "any"), path, "any", "tfrecord"))
-  assert "train/audio: 3 NaN or infinite values became 0" in text
-
-
-def test_labels_of_an_unknown_dataset_may_lie_anywhere():
-  check.check(edited("train", "regression_labels", np.full(12, 70.0)), "f.pkl", "other")
-
-
 # -- converting ------------------------------------------------------------------------------
 
 
@@ -235,6 +186,54 @@ def test_a_dataset_is_replaced_on_demand_only(converted):
   assert [path.name for path in (converted / "data").iterdir()] == ["any"]
 
 
+def test_a_modality_that_is_absent_has_no_statistics(tmp_path):
+  arrays = copy.deepcopy(ARRAYS)
+  for fields in arrays.values():
+    fields["vision"][:], fields["vision_lengths"] = 0, [0] * len(fields["id"])
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  folder = convert.convert(path, "any", tmp_path / "data")
+
+  def refuse(name):
+    raise AssertionError(name)  # NaN is no JSON
+
+  found = json.loads((folder / "card.json").read_text(), parse_constant=refuse)
+  assert found["standardize"].keys() == {"audio"}
+  assert found["lengths"]["train"]["vision"] == {"min": 0, "mean": 0, "max": 0}
+
+
+def test_what_was_padded_in_front_is_stored_straight(tmp_path):
+  arrays = copy.deepcopy(ARRAYS)
+  for fields in arrays.values():
+    x, lengths = fields["audio"], fields["audio_lengths"]
+    fields["audio"] = np.stack(
+      [np.roll(row, len(row) - n, 0) for row, n in zip(x, lengths, strict=True)]
+    )
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  convert.convert(path, "any", tmp_path / "data")
+  for split, fields in data.read_arrays(tmp_path / "data", "any").items():
+    np.testing.assert_array_equal(fields["audio"], ARRAYS[split]["audio"])
+  found = data.read_card(tmp_path / "data", "any")
+  moved = found["moved"]["train"]["audio"]
+  assert f"note: train/audio: {moved} of 12 rows were padded in front" in card.to_text(found)
+
+
+def test_a_conversion_holds_its_arrays_once(tmp_path, monkeypatch):
+  """Beside the file's size there are only blocks and rows."""
+  monkeypatch.setattr(padding, "_BLOCK", 1 << 18)
+  arrays = synthetic.make_arrays(seed=0, num_train=200, num_valid=50, num_test=50)
+  for fields in arrays.values():  # 300 rows of 80 kB
+    fields["audio"] = np.tile(fields["audio"], (1, 10, 8))
+    fields["audio_lengths"] = [300] * len(fields["id"])
+  arrays["train"]["audio"][0, 0, 0] = -np.inf  # mended in place
+  path = synthetic.write_pickle(tmp_path / "a.pkl", arrays)
+  del arrays, fields
+  tracemalloc.start()
+  convert.convert(path, "any", tmp_path / "data")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 1.25 * path.stat().st_size
+
+
 def run(module, *flags):
   command = [sys.executable, "-m", f"data_prep.{module}", *flags]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -268,5 +267,6 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path):
     data.load(target, "any")
   done = run("convert", *flags)
   assert done.returncode == 0 and "rows     train 2000" in done.stdout
+  assert done.stderr == ""  # no bars, no chatter of TensorFlow's
   assert data.load(target, "any").spec.num_train == 2000
   assert [path.name for path in target.iterdir()] == ["any"]

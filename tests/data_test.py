@@ -5,7 +5,7 @@ import pytest
 
 from mmjax import data, synthetic, types
 
-ARRAYS = synthetic.make_arrays(seed=3, num_train=9, num_valid=4, num_test=4)
+ARRAYS = synthetic.make_arrays(seed=0, num_train=9, num_valid=4, num_test=4)
 
 
 def test_features_lengths_and_labels():
@@ -25,7 +25,8 @@ def test_tokens_and_classes():
   dataset = data.from_arrays(ARRAYS, name="any", text="tokens", task="classification")
   np.testing.assert_array_equal(dataset.valid.text.x, ARRAYS["valid"]["text_bert"][:, 0])
   assert dataset.valid.text.x.dtype == np.int32 and (dataset.valid.text.fill == types.UNK).all()
-  assert dataset.spec.text == types.ModalitySpec(20, 0, tokens=True)
+  largest = max(fields["text_bert"][:, 0].max() for fields in ARRAYS.values())
+  assert dataset.spec.text == types.ModalitySpec(20, 0, tokens=True, vocab=largest + 1)
   assert dataset.spec.num_classes == 3 and dataset.train.label.dtype == np.int32
 
 
@@ -34,7 +35,8 @@ def test_aligned_data_take_the_texts_lengths():
   for fields in arrays.values():
     for name in ("audio", "vision"):
       del fields[f"{name}_lengths"]
-      fields[name] = fields[name][:, :20]
+      steps = fields["text_bert"][:, 1, :, None] > 0
+      fields[name] = fields[name][:, :20] * steps
   train = data.from_arrays(arrays, name="any").train
   np.testing.assert_array_equal(train.vision.valid, train.text.valid)
   for fields in arrays.values():
@@ -46,23 +48,32 @@ def test_aligned_data_take_the_texts_lengths():
 def test_standardizing_uses_the_valid_training_steps():
   plain = data.from_arrays(ARRAYS, name="any")
   scaled = data.from_arrays(ARRAYS, name="any", standardize=True)
-  steps = scaled.train.vision.x[scaled.train.vision.valid]
-  np.testing.assert_allclose(steps.mean(0), 0, atol=1e-5)
-  np.testing.assert_allclose(steps.std(0), 1, atol=1e-4)
-  assert (scaled.test.vision.x[~scaled.test.vision.valid] == 0).all()
-  known = plain.train.vision.x[plain.train.vision.valid]
-  expected = (plain.test.vision.x - known.mean(0)) / known.std(0)
-  valid = plain.test.vision.valid
-  np.testing.assert_allclose(scaled.test.vision.x[valid], expected[valid], atol=1e-4)
+  for name in ("audio", "vision"):
+    train, test = getattr(plain.train, name), getattr(plain.test, name)
+    found = getattr(scaled.test, name)
+    known = train.x[train.valid]
+    expected = (test.x - known.mean(0)) / known.std(0)
+    np.testing.assert_allclose(found.x[test.valid], expected[test.valid], atol=1e-4)
+    assert (found.x[~test.valid] == 0).all()
+  np.testing.assert_array_equal(scaled.train.text.x, plain.train.text.x)  # text stays
+
+
+def test_a_modality_that_is_absent_is_not_standardized():
+  arrays = copy.deepcopy(ARRAYS)
+  for fields in arrays.values():
+    fields["vision"][:], fields["vision_lengths"] = 0, [0] * len(fields["id"])
+  train = data.from_arrays(arrays, name="any", standardize=True).train
+  assert not train.vision.valid.any() and not train.vision.x.any()
 
 
 def test_unimodal_labels_and_segments_go_into_info():
   arrays = copy.deepcopy(ARRAYS)
   for fields in arrays.values():
-    fields["regression_labels_A"] = np.arange(len(fields["id"]), dtype=np.float32)
+    fields["regression_labels_A"] = np.arange(len(fields["id"]), dtype=np.float32) / 9
+    fields["regression_labels"] = fields["regression_labels"] / 3
     fields["text_bert"][:, 2, 0] = 1
   info = data.from_arrays(arrays, name="sims", text="tokens").train.info
-  np.testing.assert_array_equal(info["label_audio"], np.arange(9))
+  np.testing.assert_allclose(info["label_audio"], np.arange(9) / 9, rtol=1e-6)
   assert info["segment_ids"].sum() == 9
 
 
@@ -86,12 +97,24 @@ def test_unknown_options_are_named(options, message):
     data.from_arrays(ARRAYS, name="any", **options)
 
 
-def test_missing_fields_are_named_with_their_split(tmp_path):
-  arrays = copy.deepcopy(ARRAYS)
-  del arrays["test"]["text"]
-  with pytest.raises(data.DataError, match="any/test: the key 'text' is missing"):
+def test_what_a_dataset_lacks_is_named(tmp_path):
+  arrays = {
+    split: {key: value for key, value in fields.items() if key != "text"}
+    for split, fields in ARRAYS.items()
+  }
+  with pytest.raises(data.DataError, match="any/train: the key 'text' is missing"):
     data.from_arrays(arrays, name="any")
-  with pytest.raises(data.DataError, match="split 'valid' is missing"):
-    data.from_arrays({"train": arrays["train"], "test": arrays["test"]}, name="any")
   with pytest.raises(data.DataError, match="data_prep.convert"):
     data.load(tmp_path, "any")
+
+
+def test_names_are_known_as_a_whole():
+  for name, expected in (
+    ("mosi", (-3.0, 3.0)),
+    ("SIMS_v2", (-1.0, 1.0)),
+    ("simsv2", (-1.0, 1.0)),
+    ("mosi_long", (-2.5, 9.0)),  # a dataset of its own
+  ):
+    labels = np.array([-2.5, 9.0], np.float32)
+    train = data.from_arrays(ARRAYS, name="any").train
+    assert data.make_spec(train, labels, name, "regression", None).label_range == expected

@@ -90,3 +90,47 @@ def test_there_and_back(state):
     np.testing.assert_array_equal(value, state[name])
   with pytest.raises(torch_import.StateDictError, match="dense.weight"):
     torch_import.to_torch(params, {"dense.weight": (5, 5)}, RULES)
+
+
+class Net:
+  """What a file may hold of one network, by the way it was written."""
+
+  WAYS = {
+    "a state_dict": lambda net: net.state_dict(),
+    "named_parameters": lambda net: list(net.named_parameters()),
+    "a dictionary of parameters": lambda net: dict(net.named_parameters()),
+    "a training checkpoint": lambda net: {"epoch": 3, "model_state_dict": net.state_dict()},
+    "DataParallel": lambda net: {f"module.{k}": v for k, v in net.state_dict().items()},
+  }
+
+
+@pytest.mark.parametrize("way", Net.WAYS)
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "float64"])
+def test_files_of_every_kind_are_read(tmp_path, way, kind):
+  torch = pytest.importorskip("torch")
+  net = torch.nn.Linear(3, 2).to(getattr(torch, kind))
+  torch.save(Net.WAYS[way](net), tmp_path / "net.pth")
+  state = torch_import.read_state(tmp_path / "net.pth")
+  assert state.keys() == {"weight", "bias"}
+  for name, value in net.state_dict().items():
+    np.testing.assert_array_equal(state[name].astype(np.float64), value.double().numpy())
+
+
+def test_pairs_are_read_as_they_come():
+  torch = pytest.importorskip("torch")
+  net = torch.nn.Linear(3, 2)
+  found = torch_import.to_arrays(net.named_parameters())
+  np.testing.assert_array_equal(found["weight"], net.weight.detach().numpy())
+
+
+def test_files_that_hold_no_state_dict(tmp_path):
+  torch = pytest.importorskip("torch")
+  for content in ({"epoch": 3}, [1, 2], torch.zeros(3), {"a": [1.0]}, [("a", 1)]):
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(torch_import.StateDictError, match=r"net\.pth: is no state_dict"):
+      torch_import.read_state(tmp_path / "net.pth")
+  (tmp_path / "net.pth").write_bytes(b"cut off")
+  with pytest.raises(torch_import.StateDictError, match=r"net\.pth: cannot be read"):
+    torch_import.read_state(tmp_path / "net.pth")
+  with pytest.raises(torch_import.StateDictError, match="holds no network"):
+    torch_import.read_state(tmp_path)
