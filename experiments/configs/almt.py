@@ -1,6 +1,6 @@
 """ALMT (Zhang et al. 2023) with MMSA's hyperparameters.
 
-python -m experiments.train --config=experiments/configs/almt.py:mosi \
+python -m experiments.train --config=almt:mosi \
     --data_dir=data --workdir=runs/almt --method=spl --missing_rate=0,1
 """
 

@@ -1,6 +1,6 @@
 """CENET (Wang et al. 2023) with MMSA's hyperparameters.
 
-python -m experiments.train --config=experiments/configs/cenet.py:mosi \
+python -m experiments.train --config=cenet:mosi \
     --data_dir=data --workdir=runs/cenet --method=spl --missing_rate=0,1
 """
 

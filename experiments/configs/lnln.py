@@ -1,6 +1,6 @@
 """LNLN (Zhang, Wang & Yu 2024) with the authors' hyperparameters.
 
-python -m experiments.train --config=experiments/configs/lnln.py:mosi \
+python -m experiments.train --config=lnln:mosi \
     --data_dir=data --workdir=runs/lnln --method=spl --missing_rate=0,1
 """
 

@@ -1,6 +1,6 @@
 """MISA (Hazarika et al. 2020) with the hyperparameters of M³S §4.4 and MMSA.
 
-python -m experiments.train --config=experiments/configs/misa.py:mosi \
+python -m experiments.train --config=misa:mosi \
     --data_dir=data --workdir=runs/misa --method=m3s --missing_rate=0.4,0.6
 """
 

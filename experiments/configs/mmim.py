@@ -1,6 +1,6 @@
 """MMIM (Han et al. 2021) with the hyperparameters of M³S §4.4 and MMSA.
 
-python -m experiments.train --config=experiments/configs/mmim.py:mosi \
+python -m experiments.train --config=mmim:mosi \
     --data_dir=data --workdir=runs/mmim --method=m3s --missing_rate=0.4,0.6
 """
 

@@ -1,6 +1,6 @@
 """MMIN (Zhao et al. 2021) with the hyperparameters of M³S §4.4 and of the authors' scripts.
 
-python -m experiments.train --config=experiments/configs/mmin.py:iemocap \
+python -m experiments.train --config=mmin:iemocap \
     --data_dir=data --workdir=runs/mmin --method=m3s --missing_rate=0.4,0.6
 """
 

@@ -1,6 +1,6 @@
 """Self-MM (Yu et al. 2021) with the hyperparameters of M³S §4.4 and MMSA.
 
-python -m experiments.train --config=experiments/configs/self_mm.py:sims \
+python -m experiments.train --config=self_mm:sims \
     --data_dir=data --workdir=runs/self_mm --method=m3s --missing_rate=0.4,0.6
 """
 

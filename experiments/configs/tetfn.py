@@ -1,6 +1,6 @@
 """TETFN (Wang et al. 2023) with MMSA's hyperparameters.
 
-python -m experiments.train --config=experiments/configs/tetfn.py:mosi \
+python -m experiments.train --config=tetfn:mosi \
     --data_dir=data --workdir=runs/tetfn --method=spl --missing_rate=0,1
 """
 

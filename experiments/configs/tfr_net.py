@@ -1,6 +1,6 @@
 """TFR-Net (Yuan et al. 2021) with MMSA's hyperparameters.
 
-python -m experiments.train --config=experiments/configs/tfr_net.py:mosi \
+python -m experiments.train --config=tfr_net:mosi \
     --data_dir=data --workdir=runs/tfr_net --method=spl --missing_rate=0,1
 """
 
