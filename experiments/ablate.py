@@ -9,44 +9,58 @@ your own. All variants train and test under the same missing data; the tables gi
 missing rates, the difference from the unchanged model, and p of a two-tailed t-test over seeds.
 """
 
-import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import robust
+from experiments import cli, protocol, settings
 from experiments.configs import common
+from mmjax import types
 
-_MODEL = flags.DEFINE_string("model", "lnln", "The system, by its config's name.")
-_ABLATION = flags.DEFINE_list("ablation", [], "Names of the sets of changes.")
-_CHANGE = flags.DEFINE_multi_string("change", [], "NAME: ENTRY=VALUE; ENTRY=VALUE, a line more.")
+_FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string(
+  "model", "lnln", "The system, by its config's name or file FILE.py.", flag_values=_FLAGS
+)
+_ABLATION = flags.DEFINE_list("ablation", [], "Names of the sets of changes.", flag_values=_FLAGS)
+_CHANGE = flags.DEFINE_multi_string(
+  "change", [], "NAME: ENTRY=VALUE; ENTRY=VALUE, a line more.", flag_values=_FLAGS
+)
+protocol.define(_FLAGS)
 
 
-def make_variants(model: str, ablations: list[str], changes: list[str]) -> list[robust.Variant]:
-  """The unchanged model and its variants, each named once."""
-  known = common.ABLATIONS | getattr(robust.config_module(model), "ABLATIONS", {})
-  if unknown := set(ablations) - known.keys():
-    raise ValueError(f"{model} has no ablation {sorted(unknown)}, expected some of {list(known)}.")
+def changes_of(
+  model: str, ablations: Sequence[str], changes: Sequence[str]
+) -> dict[str, Mapping[str, Any]]:
+  """Name -> config entries of each changed line."""
+  known = common.ABLATIONS | getattr(settings.module_of(model), "ABLATIONS", {})
+  if ablations:
+    cli.some_of("ablation", ablations, list(known))
   found = {name: change for ablation in ablations for name, change in known[ablation].items()}
   for text in changes:
     name, separator, entries = text.partition(":")
-    if not separator:
-      raise ValueError(f"--change={text!r}: expected NAME: ENTRY=VALUE; ENTRY=VALUE.")
-    found[name.strip()] = dict(robust.parse_change(e.strip()) for e in entries.split(";"))
+    if not separator or not name.strip():
+      raise types.UsageError(f"--change={text!r}: expected NAME: ENTRY=VALUE; ENTRY=VALUE.")
+    found[name.strip()] = dict(settings.parse(entry) for entry in entries.split(";"))
   if not found:
-    raise ValueError(f"nothing to change: set --change, or --ablation to some of {list(known)}.")
-  variants = [robust.Variant(f"{model} {name}", model, change) for name, change in found.items()]
-  return [robust.Variant(model, model, {}), *variants]
+    raise types.UsageError(
+      f"nothing to change: set --change, or --ablation to some of {', '.join(known)}."
+    )
+  return found
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  try:
-    variants = make_variants(_MODEL.value, _ABLATION.value, _CHANGE.value)
-  except ValueError as error:
-    sys.exit(f"error: {error}")
-  robust.main("ablate", variants, baseline=_MODEL.value)
+@cli.binary(_FLAGS, __doc__, required=["out"])
+def main():
+  model = _MODEL.value
+  changes = {model: {}}
+  changes |= {
+    f"{model} {name}": change
+    for name, change in changes_of(model, _ABLATION.value, _CHANGE.value).items()
+  }
+  asked = protocol.Protocol(_FLAGS, [model])
+  variants = [asked.variant(name, model, change) for name, change in changes.items()]
+  asked.run("ablate", variants, baseline=model)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -1,56 +1,65 @@
 """Evaluates a trained run under missing data: a table and curves.
 
-python -m experiments.evaluate --workdir=runs/misa-m3s --rates=0:0.9:0.1 --mask_seeds=3 \
+python -m experiments.evaluate --workdir=runs/misa-m3s --rates=0:0.9:0.1 --mask_seeds=3 \\
     --missing=l,a,v,la,lv,av
 """
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import jobs, report
-from experiments import run as run_lib
+from experiments import build, cli, processes, settings, workdir
+from experiments.report import rates
 from mmjax import evaluate
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the datasets, if it has moved.")
-_RATES = flags.DEFINE_string(
-  "rates", "0:0.9:0.1", "Missing rates: first:last:step, a list 0,0.5, or intervals 0.4-0.6."
+_FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", flag_values=_FLAGS)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Folder of the datasets, if it has moved.", flag_values=_FLAGS
 )
-_MISSING = flags.DEFINE_list("missing", [], "Sets of missing modalities: l,a,v,la,lv,av.")
-_MASK_SEEDS = flags.DEFINE_integer("mask_seeds", 3, "Number of mask seeds.", lower_bound=1)
-_SPLIT = flags.DEFINE_enum("split", "test", ("train", "valid", "test"), "Split to evaluate.")
-_MASK = flags.DEFINE_enum("mask", None, ("span", "bernoulli"), "Kind of mask; the run's if unset.")
-_OUT = flags.DEFINE_string("out", None, "Output folder; WORKDIR/robustness by default.")
+_RATES = flags.DEFINE_string("rates", "0:0.9:0.1", evaluate.RATES, flag_values=_FLAGS)
+_MISSING = flags.DEFINE_list(
+  "missing", [], "Sets of missing modalities: l,a,v,la,lv,av.", flag_values=_FLAGS
+)
+_MASK_SEEDS = flags.DEFINE_string("mask_seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
+_SPLIT = flags.DEFINE_enum(
+  "split", "test", ("train", "valid", "test"), "Split to evaluate.", flag_values=_FLAGS
+)
+_MASK = flags.DEFINE_string(
+  "mask", None, "Kind of mask, as span or bernoulli; the run's if unset.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "Output folder; WORKDIR/robustness by default.", flag_values=_FLAGS
+)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  jobs.cores_as_devices()
-  try:
-    conditions = evaluate.parse_rates(_RATES.value)
-    conditions += [evaluate.missing_condition(letters) for letters in _MISSING.value]
-    run, best = run_lib.load_run(_WORKDIR.value, _DATA_DIR.value)
-    if _MASK.value:
-      run.config.mask.kind = _MASK.value
-    rows = evaluate.robustness(
-      run.recipe.system,
-      best["params"],
-      best["extra"],
-      getattr(run.dataset, _SPLIT.value),
-      run.dataset.spec,
-      conditions,
-      range(_MASK_SEEDS.value),
-      mask_of=run_lib.make_mask_of(run.config),
+@cli.binary(_FLAGS, __doc__, required=["workdir"])
+def main():
+  processes.cores_as_devices()
+  mask_seeds = cli.seeds("mask_seeds", _MASK_SEEDS.value)
+  config = settings.from_json(workdir.read_config(_WORKDIR.value)["run"]["config"])
+  if _MASK.value:
+    settings.switch(config, "mask", _MASK.value)
+  mask = build.test_mask(config)
+  conditions = evaluate.parse_rates(_RATES.value, mask=mask)
+  conditions += [evaluate.missing_condition(letters, mask=mask) for letters in _MISSING.value]
+  run, selected = build.load_run(_WORKDIR.value, _DATA_DIR.value)
+  best = selected[run.recipe.select[0]]
+  if not workdir.is_done(_WORKDIR.value):
+    done = len(workdir.history(_WORKDIR.value))
+    cli.note(
+      f"this training is not finished (epoch {done} of {config.train.epochs}); its best epoch so"
+      f" far is {int(best.epoch)}."
     )
-  except ValueError as error:
-    sys.exit(f"error: {error}")
-  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness")
-  report.robustness(rows, out)
+  if build.is_oracle(run.config):
+    cli.note(f"TEST ORACLE: the epoch was picked by {run.recipe.select[0]}; this is no estimate.")
+  split = getattr(run.dataset, _SPLIT.value)
+  split = split.read() if hasattr(split, "read") else split  # a stream's
+  rows = evaluate.robustness(
+    run.recipe.system, best.params, best.extra, split, run.dataset.spec, conditions, mask_seeds
+  )
+  rates.write(rows, pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness"))
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
-  app.run(main)
+  main()

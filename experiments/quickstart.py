@@ -10,23 +10,23 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
 from data_prep import convert
-from experiments import report
-from experiments import run as run_lib
-from experiments import workdir as workdir_lib
-from experiments.configs import quickstart as quickstart_config
-from mmjax import evaluate, synthetic
+from experiments import build, cli, interrupts, loop, settings
+from experiments.report import rates
+from mmjax import evaluate, meta, synthetic
 
-_OUT = flags.DEFINE_string("out", "runs/quickstart", "Output folder.")
-_EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of each training.", lower_bound=1)
-
-MISSING_RATE = (0.4, 0.6)
+_FLAGS = flags.FlagValues()
+_OUT = flags.DEFINE_string("out", "runs/quickstart", "Output folder.", flag_values=_FLAGS)
+_EPOCHS = flags.DEFINE_integer(
+  "epochs", None, "Epochs of each training.", lower_bound=1, flag_values=_FLAGS
+)
 
 
 def prepare(out: pathlib.Path) -> None:
   """Writes the synthetic pickle and converts it, unless that was done before."""
+  out.mkdir(parents=True, exist_ok=True)
   pickle = out / "synthetic.pkl"
   if not pickle.exists():
     synthetic.write_pickle(pickle, synthetic.make_arrays(seed=0))
@@ -34,55 +34,56 @@ def prepare(out: pathlib.Path) -> None:
     convert.convert(pickle, "synthetic", out / "data")
 
 
-def train_and_test(method: str, out: pathlib.Path, epochs: int | None) -> list[dict]:
+def train_and_test(config: settings.Config, out: pathlib.Path, watch: interrupts.Watch):
   """Trains one method, from wherever its folder stands; returns its robustness rows."""
-  config = quickstart_config.get_config()
-  config.train.epochs = epochs or config.train.epochs
-  asked = {"config": config.to_dict(), "method": method, "missing_rate": MISSING_RATE, "seed": 0}
-  dataset = run_lib.load_data(config, out / "data")
-  run = run_lib.make_run(config, dataset, method=method, missing_rate=MISSING_RATE, seed=0)
-  folder = workdir_lib.Workdir(out / method, asked, data_dir=out / "data")
-  best = run_lib.execute(run, folder).best
-  folder.close()
+  method, name = config.method.name, build.title(config)
+  print(f"\nTraining MISA with {name} ({out / method}):", flush=True)
+  dataset = build.load_data(config, out / "data")
+  run = build.make_run(config, dataset)
+  progress = loop.execute(
+    run, out / method, out / "data", should_stop=lambda: watch.signal is not None
+  )
+  best = progress.best[run.recipe.select[0]]
   rows = evaluate.robustness(
     run.recipe.system,
-    best["params"],
-    best["extra"],
+    best.params,
+    best.extra,
     dataset.test,
     dataset.spec,
-    evaluate.parse_rates("0:0.9:0.1"),
+    evaluate.parse_rates("0:0.9:0.1", mask=build.test_mask(config)),
     range(3),
-    mask_of=run_lib.make_mask_of(config),
   )
-  return [{"method": run_lib.METHODS[method], **row} for row in rows]
+  return [{"method": name, **row} for row in rows]
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+@cli.binary(_FLAGS, __doc__)
+def main():
   began, out = time.monotonic(), pathlib.Path(_OUT.value)
-  out.mkdir(parents=True, exist_ok=True)
   prepare(out)
   rows = []
-  for method in run_lib.METHODS:
-    print(f"\nTraining MISA with {run_lib.METHODS[method]} ({out / method}):", flush=True)
+  with interrupts.Watch() as watch:
     try:
-      rows += train_and_test(method, out, _EPOCHS.value)
-    except workdir_lib.WorkdirError as error:
-      sys.exit(f"error: {error}")
+      for method in meta.METHODS:
+        config = settings.load("quickstart:synthetic")
+        config.train.epochs = _EPOCHS.value or config.train.epochs
+        settings.switch(config, "method", method)
+        rows += train_and_test(config, out, watch)
+    except interrupts.Interrupted:
+      print(f"Interrupted; saved in {out}. The same command goes on from there.")
+      sys.exit(128 + (watch.signal or 0))
   print()
-  table = report.robustness(rows, out, by=("method", "kind", "condition"), lines="method")
+  table = rates.write(rows, out, by=("method", "kind", "condition"), lines="method")
   mean = table.groupby("method", sort=False)["mae"].mean()
   print(
     "\nMAE averaged over all missing rates: "
     + ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
     + f".\nDone in {time.monotonic() - began:.0f} s. Next, with a feature pickle of your own:\n"
     "  python -m data_prep.convert --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data\n"
-    "  python -m experiments.train --config=experiments/configs/misa.py:mosi --data_dir=data \\\n"
-    "      --workdir=runs/misa-m3s --method=m3s --missing_rate=0.4,0.6\n"
+    "  python -m experiments.train --config=misa:mosi --data_dir=data --workdir=runs/misa-m3s \\\n"
+    "      --method=m3s --missing_rate=0.4,0.6\n"
     "  python -m experiments.evaluate --workdir=runs/misa-m3s"
   )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

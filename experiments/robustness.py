@@ -10,19 +10,29 @@ paper's values beside ours, curves, confusion matrices, a "laziness" figure, a 2
 representations, and `report.html` with all of it.
 """
 
-from absl import app, flags
+import pathlib
 
-from experiments import robust
+from absl import flags
+
+from experiments import cli, protocol
 from mmjax import models
 
-_CONFIGS = flags.DEFINE_list("configs", list(models.MODELS), "Systems, by their config's name.")
+_FLAGS = flags.FlagValues()
+_CONFIGS = flags.DEFINE_list(
+  "configs",
+  list(models.MODELS),
+  "Systems, by their config's name or file FILE.py.",
+  flag_values=_FLAGS,
+)
+protocol.define(_FLAGS)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  robust.main("robustness", [robust.Variant(name, name, {}) for name in _CONFIGS.value])
+@cli.binary(_FLAGS, __doc__, required=["out", "configs"])
+def main():
+  names = {pathlib.Path(config).stem: config for config in _CONFIGS.value}
+  asked = protocol.Protocol(_FLAGS, _CONFIGS.value)
+  asked.run("robustness", [asked.variant(name, config, {}) for name, config in names.items()])
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -1,43 +1,44 @@
 """Trains one system with one method on one dataset.
 
-python -m experiments.train --config=experiments/configs/misa.py:mosi --data_dir=data \
-    --workdir=runs/misa-m3s --method=m3s --missing_rate=0.4,0.6 --seed=0
+python -m experiments.train --config=misa:mosi --data_dir=data --workdir=runs/misa-m3s \\
+    --method=m3s --missing_rate=0.4,0.6 --seed=0
+python -m experiments.train --workdir=runs/misa-m3s
 
-The same command goes on after any interruption, and ends with the same bits. All devices of the
-process share each batch; data larger than the memory stream from disk with
---config.data.stream=True.
+The second command goes on with the run of that folder after any interruption, as the first one
+does, and ends with the same bits. All devices of the process share each batch; data larger than
+the memory stream from disk with --config.data.stream=True.
 """
 
-import signal
 import sys
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from experiments import run as run_lib
-from experiments import workdir as workdir_lib
-from mmjax import train
+from experiments import build, cli, interrupts, loop, settings, workdir
+from mmjax import checkpoint, train, types
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, `misa.py:mosi`.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of the converted datasets.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: log, checkpoints.")
-_METHOD = flags.DEFINE_enum("method", "m3s", list(run_lib.METHODS), "Training method.")
-_MISSING_RATE = flags.DEFINE_string(
-  "missing_rate", "0.4,0.6", "Lowest and highest missing rate, in training and validation."
+_FLAGS = flags.FlagValues()
+cli.define_config(_FLAGS)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Folder of the datasets; `data`, or the folder's own.", flag_values=_FLAGS
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random in the run.", lower_bound=0)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of this run: config, log, checkpoints.", flag_values=_FLAGS
+)
+_METHOD = flags.DEFINE_string("method", None, cli.METHOD_HELP, flag_values=_FLAGS)
+_MISSING_RATE = flags.DEFINE_string("missing_rate", None, cli.RATE_HELP, flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer(
+  "seed", None, "Seed of everything random in the run.", lower_bound=0, flag_values=_FLAGS
+)
 _CHECKPOINT_EVERY = flags.DEFINE_float(
-  "checkpoint_every", 60.0, "Seconds between two checkpoints, at least."
-)
-_LOG_TEST = flags.DEFINE_bool(
-  "log_test", False, "Also log the test split's metrics, for figures; they select nothing."
+  "checkpoint_every", 60.0, "Seconds between two checkpoints, at least.", flag_values=_FLAGS
 )
 _DISTRIBUTED = flags.DEFINE_string(
   "distributed",
   "",
   "Train on several hosts: `auto` on a cluster that JAX knows (TPU, SLURM, MPI),"
   " else COORDINATOR:PORT,PROCESSES,PROCESS. All see the same --workdir.",
+  flag_values=_FLAGS,
 )
 
 
@@ -50,52 +51,56 @@ def join(hosts: str) -> None:
       address, count, number = hosts.split(",")
       count, number = int(count), int(number)
     except ValueError:
-      sys.exit(f"error: --distributed={hosts}: expected auto or HOST:PORT,PROCESSES,PROCESS.")
+      raise types.UsageError(
+        f"--distributed={hosts}: expected auto or HOST:PORT,PROCESSES,PROCESS."
+      ) from None
     jax.distributed.initialize(address, count, number)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def read() -> tuple[settings.Config, str]:
+  """The config that the flags ask for, or that the folder has; and the folder of the data."""
+  if _FLAGS["config"].value:
+    config, data_dir = settings.load(_FLAGS["config"].value), "data"
+  else:
+    try:
+      found = workdir.read_config(_WORKDIR.value)
+    except workdir.WorkdirError as error:
+      raise types.UsageError(f"--config is missing, as misa:mosi; {error}") from None
+    config, data_dir = settings.from_json(found["run"]["config"]), found["data_dir"]
+  short = {
+    "method.name": _METHOD.value,
+    "mask.rate": cli.rate("missing_rate", _MISSING_RATE.value),
+    "seed": _SEED.value,
+  }
+  return cli.change(config, short, cli.entries(_FLAGS["set"].value)), _DATA_DIR.value or data_dir
+
+
+@cli.binary(_FLAGS, __doc__, required=["workdir"])
+def main():
   join(_DISTRIBUTED.value)
-  signals = []
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: signals.append(number))
-  try:
-    settings = dict(
-      method=_METHOD.value,
-      missing_rate=run_lib.parse_interval(_MISSING_RATE.value),
-      seed=_SEED.value,
-    )
-    asked = run_lib.describe(_CONFIG.value, _DATA_DIR.value, **settings)
-    dataset = run_lib.load_data(_CONFIG.value, _DATA_DIR.value)
-    folder = workdir_lib.Workdir(_WORKDIR.value, asked, _DATA_DIR.value)
-    run = run_lib.make_run(_CONFIG.value, dataset, **settings)
-    progress = run_lib.execute(
-      run,
-      folder,
-      checkpoint_every=_CHECKPOINT_EVERY.value,
-      log_test=_LOG_TEST.value,
-      should_stop=lambda: bool(signals),
-    )
-  except run_lib.Interrupted:
-    print(f"Interrupted; saved in {_WORKDIR.value}. The same command goes on from there.")
-    sys.exit(128 + signals[0])
-  except train.NonFiniteLoss as error:
-    newest = folder.checkpoints.latest_step()
-    where = "there is no checkpoint yet" if newest is None else f"the last one is of step {newest}"
-    sys.exit(f"Stopped: {error} Checkpoints are in {folder.path / 'checkpoints'}; {where}.")
-  except ValueError as error:  # what the user asked for cannot be done: no traceback
-    sys.exit(f"error: {error}")
-  folder.close()
-  sign = 1 if run.recipe.larger_is_better else -1
-  print(
-    f"Best epoch {int(progress.best_epoch)} on validation: {run.recipe.select} ="
-    f" {sign * float(progress.best_score):.4f}. Next:\n"
-    f"  python -m experiments.evaluate --workdir={_WORKDIR.value}"
-  )
+  config, data_dir = read()
+  with interrupts.Watch() as watch:
+    try:
+      run = build.make_run(config, build.load_data(config, data_dir))
+      progress = loop.execute(
+        run,
+        _WORKDIR.value,
+        data_dir,
+        checkpoint_every=_CHECKPOINT_EVERY.value,
+        should_stop=lambda: watch.signal is not None,
+      )
+    except interrupts.Interrupted:
+      print(f"Interrupted; saved in {_WORKDIR.value}. The same command goes on from there.")
+      sys.exit(128 + (watch.signal or 0))
+    except train.NonFiniteLoss as error:
+      newest = checkpoint.manager(f"{_WORKDIR.value}/checkpoints").latest_step()
+      where = (
+        "there is no checkpoint yet" if newest is None else f"the last one is of step {newest}"
+      )
+      sys.exit(f"Stopped: {error} Checkpoints are in {_WORKDIR.value}/checkpoints; {where}.")
+  print(f"{workdir.told(progress.best)}. Next:")
+  print(f"  python -m experiments.evaluate --workdir={_WORKDIR.value}")
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  main()

@@ -1,105 +1,179 @@
 """The folder of one training run: what it was asked for, its log, its checkpoints.
 
-config.json     what was run; the same folder refuses another config
+config.json     the whole run: config, SHA-256 of the data, library versions, format of the folder
 metrics.jsonl   one line per epoch
-done.json       the selected epoch and its score, once the training is over
+done.json       the selected epochs and their scores, once the training is over
 tensorboard/    the same numbers as TensorBoard events
 checkpoints/    the newest states (orbax), numbered by optimizer step
+lock            held by the process that trains; the system lets go of it when that ends
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import tensorboardX
 
+from experiments import settings
 from mmjax import checkpoint, train, types
 
+FORMAT = 2
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+Path = str | os.PathLike
 
 
 class WorkdirError(types.UsageError):
   """The folder cannot serve this run."""
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
-  flat = {}
-  for key, value in tree.items():
-    nested = isinstance(value, dict)
-    flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-  return flat
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-  draft = path.with_suffix(path.suffix + ".part")
-  draft.write_text(text, encoding="utf-8")
-  os.replace(draft, path)
-
-
-def read_config(workdir: str | os.PathLike) -> dict:
-  """What the run in `workdir` was asked for ("run"), with what, and on the data of where.
+def read_config(path: Path) -> dict[str, Any]:
+  """What the run in a folder was asked for ("run": "config", "data"), with what, on which data.
 
   Raises:
-    WorkdirError: if there is no run.
+    WorkdirError: if there is no run, or one of an older format.
   """
-  path = pathlib.Path(workdir) / "config.json"
+  file = pathlib.Path(path) / "config.json"
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise WorkdirError(
-      f"{path} does not exist: {workdir} holds no training run. Train one with"
+      f"{file} does not exist: {path} holds no training run. Train one with"
       " `python -m experiments.train --workdir=…`."
     ) from None
+  except json.JSONDecodeError as error:
+    raise WorkdirError(f"{file} is damaged ({error}); delete {path}.") from None
+  if found.get("format") != FORMAT:
+    raise WorkdirError(
+      f"{path} was written in an older format (1, this is {FORMAT}): choose another folder or"
+      " train it again."
+    )
+  return found
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+  """The lines of a run's log; a line that a kill cut short is left out."""
+  log, lines = pathlib.Path(path) / "metrics.jsonl", []
+  if log.exists():
+    for text in log.read_text(encoding="utf-8").splitlines():
+      try:
+        lines.append(json.loads(text))
+      except json.JSONDecodeError:
+        break
+  return lines
+
+
+def is_done(path: Path) -> bool:
+  """Whether a folder's training came to its end."""
+  return (pathlib.Path(path) / "done.json").exists()
+
+
+def read_best(path: Path, template: dict[str, train.Best]) -> dict[str, train.Best]:
+  """The selected epochs in the newest checkpoint of a run; a training there is not disturbed.
+
+  Args:
+    path: the run's folder.
+    template: entries of `Recipe.select` -> shapes of a `train.Best`.
+
+  Raises:
+    WorkdirError: if there is no checkpoint yet.
+  """
+  folder = pathlib.Path(path) / "checkpoints"
+  found = None
+  if folder.exists():
+    checkpoints = checkpoint.manager(folder)
+    found = checkpoint.restore(checkpoints, {"best": template}, partial=True)
+    checkpoints.close()
+  if found is None:
+    raise WorkdirError(f"{path} holds no checkpoint yet.")
+  return found["best"]
+
+
+def told(best: dict[str, train.Best]) -> str:
+  """The selected epochs in words."""
+  words = [
+    f"{name} = {float(one.score):.4f} (epoch {int(one.epoch)})" for name, one in best.items()
+  ]
+  if next(iter(best)).startswith("test/"):
+    return f"TEST ORACLE, the best epoch of each metric on the test split: {', '.join(words)}"
+  name, one = next(iter(best.items()))
+  return f"Best epoch {int(one.epoch)} on validation: {name} = {float(one.score):.4f}"
+
+
+def check(path: Path, asked: dict[str, Any]) -> None:
+  """Raises a `WorkdirError` unless a folder could serve what is asked for; writes nothing."""
+  path = pathlib.Path(path)
+  if not (path / "config.json").exists():
+    if _has_begun(path):
+      raise WorkdirError(f"{path} holds a training without a config.json; choose another folder.")
+    return
+  try:
+    old = read_config(path)["run"]
+  except WorkdirError:
+    if _has_begun(path):
+      raise
+    return
+  old, new = settings.flatten(old), settings.flatten(_as_json(asked))
+  changed = [
+    f"  {name}: {old.get(name)!r} there, {new.get(name)!r} asked for"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  ]
+  if changed and _has_begun(path):
+    raise WorkdirError(
+      f"{path} holds a run of another config; choose another --workdir or delete it:\n"
+      + "\n".join(changed)
+    )
+
+
+def prepare(path: Path, asked: dict[str, Any], data_dir: Path) -> None:
+  """Writes the config.json of a run to come; see `Workdir`."""
+  path = pathlib.Path(path)
+  check(path, asked)
+  path.mkdir(parents=True, exist_ok=True)
+  versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+  if (path / "config.json").exists() and _has_begun(path):
+    versions = read_config(path)["versions"]  # of what began it
+  found = {
+    "format": FORMAT,
+    "run": _as_json(asked),
+    "data_dir": str(pathlib.Path(data_dir).absolute()),
+    "versions": versions,
+  }
+  _write_atomically(path / "config.json", json.dumps(found, indent=2) + "\n")
 
 
 class Workdir:
-  """Opens or creates the folder of a run. Of several processes the first alone writes text.
+  """Opens or creates the folder of a run, to train in it. Of several processes the first writes.
 
   Args:
     path: the folder.
-    asked: what the run is asked for, JSON values only. It must be the same on every call.
+    asked: what the run is asked for, JSON values only. It must be the same on every call, until
+      which a folder without a checkpoint and a log may be taken over.
     data_dir: where the datasets lie; it may change.
 
   Raises:
-    WorkdirError: if the folder belongs to a run that was asked for something else.
+    WorkdirError: if the folder belongs to a run that was asked for something else, or another
+      process trains in it.
   """
 
-  def __init__(self, path: str | os.PathLike, asked: dict, data_dir: str | os.PathLike):
+  def __init__(self, path: Path, asked: dict[str, Any], data_dir: Path):
     self.path = pathlib.Path(path)
-    self.path.mkdir(parents=True, exist_ok=True)
-    asked = json.loads(json.dumps(asked))  # as it will be read back
-    if (self.path / "config.json").exists():
-      _refuse_other(self.path, read_config(self.path)["run"], asked)
-    elif _is_first():
-      versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-      found = {"run": asked, "data_dir": os.fspath(data_dir), "versions": versions}
-      text = json.dumps(found, indent=2)
-      _write_atomically(self.path / "config.json", text + "\n")
+    check(self.path, asked)
+    self._lock = _lock(self.path) if _is_first() else None
+    if _is_first():
+      prepare(self.path, asked, data_dir)
     self.checkpoints = checkpoint.manager(self.path / "checkpoints")
     self._log = self.path / "metrics.jsonl"
     self._events = None
 
-  def read(self, template: train.Progress) -> train.Progress | None:
-    """The newest saved progress, or None."""
-    return checkpoint.restore(self.checkpoints, template)
-
-  def read_best(self, template: dict, also: Sequence[str] = ()) -> dict | None:
-    """{None: {"params", "extra"}} of the selected epoch in the newest progress, or None.
-
-    And of the epochs that metrics in `train.Recipe.also` select, by the metric.
-    """
-    wanted = {"best": template}
-    if also:
-      wanted["others"] = dict.fromkeys(also, template)
-    found = checkpoint.restore(self.checkpoints, wanted, partial=True)
-    return found and {None: found["best"], **found.get("others", {})}
-
   def restore(self, template: train.Progress) -> train.Progress | None:
-    """`read`, to train on: see `rewind`."""
-    progress = self.read(template)
+    """The newest saved progress, or None, to train on: see `rewind`."""
+    progress = checkpoint.restore(self.checkpoints, template)
     self.rewind(0 if progress is None else int(progress.epoch))
     return progress
 
@@ -107,22 +181,11 @@ class Workdir:
     """Opens the log for the epoch `finished`: drops the lines of that one and of later ones."""
     if not _is_first():
       return
-    kept = [line for line in self.history() if line["epoch"] < finished]
+    kept = [line for line in history(self.path) if line["epoch"] < finished]
     _write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
     self._events = tensorboardX.SummaryWriter(
       str(self.path / "tensorboard"), purge_step=finished, flush_secs=10
     )
-
-  def history(self) -> list[dict]:
-    """The log's lines; a line that a kill cut short is left out."""
-    lines = []
-    if self._log.exists():
-      for text in self._log.read_text(encoding="utf-8").splitlines():
-        try:
-          lines.append(json.loads(text))
-        except json.JSONDecodeError:
-          break
-    return lines
 
   def save(self, progress: train.Progress) -> None:
     """Saves the progress, unless that step is saved already."""
@@ -130,57 +193,74 @@ class Workdir:
     if step not in self.checkpoints.all_steps():
       checkpoint.save(self.checkpoints, step, progress)
 
-  @property
-  def is_done(self) -> bool:
-    """Whether the training came to its end."""
-    return (self.path / "done.json").exists()
-
   def finish(self, progress: train.Progress) -> None:
     """Saves the last progress and marks the training as over."""
     self.save(progress)
     if not _is_first():
       return
-    found = {"best_epoch": int(progress.best_epoch), "score": float(progress.best_score)}
+    found = {
+      name: {"epoch": int(best.epoch), "score": float(best.score)}
+      for name, best in progress.best.items()
+    }
     _write_atomically(self.path / "done.json", json.dumps(found) + "\n")
 
-  def log(self, report: train.EpochReport, test: dict[str, float] | None = None) -> None:
-    """Appends an epoch to the log and to the TensorBoard events; `test` metrics if given."""
+  def log(self, report: train.EpochReport) -> None:
+    """Appends an epoch to the log and to the TensorBoard events."""
     if not _is_first():
       return
+    parts = {"train": report.train, **report.evaluated}
     line = {
       "epoch": report.epoch,
       "step": int(report.progress.state.step),
-      "train": report.train,
-      "valid": report.valid,
-      "is_best": report.is_best,
-      **({} if test is None else {"test": test}),
+      **parts,
+      "improved": list(report.improved),
     }
     with self._log.open("a", encoding="utf-8") as log:
       log.write(json.dumps(line) + "\n")
-    for part in {"train", "valid", "test"} & line.keys():
-      for name, value in line[part].items():
-        self._events.add_scalar(f"{part}/{name}", value, report.epoch)
+    if self._events is not None:
+      for part, metrics in parts.items():
+        for name, value in metrics.items():
+          self._events.add_scalar(f"{part}/{name}", value, report.epoch)
 
   def close(self) -> None:
-    """Flushes the events and ends pending writes."""
+    """Flushes the events, ends pending writes and lets go of the folder."""
     if self._events is not None:
       self._events.close()
     self.checkpoints.close()
+    if self._lock is not None:
+      os.close(self._lock)
+      self._lock = None
+
+
+def _lock(path: pathlib.Path) -> int:
+  """A file descriptor that holds the folder until it is closed or the process ends."""
+  path.mkdir(parents=True, exist_ok=True)
+  lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(lock)
+    raise WorkdirError(
+      f"another process trains in {path}; wait for it, stop it, or choose another --workdir."
+    ) from None
+  return lock
+
+
+def _has_begun(path: pathlib.Path) -> bool:
+  """Whether a checkpoint or a line of the log stands in a folder."""
+  steps = path.glob("checkpoints/*")
+  return any(step.name.isdigit() for step in steps) or bool(history(path))
+
+
+def _as_json(tree: dict[str, Any]) -> dict[str, Any]:
+  return json.loads(json.dumps(tree))  # as it will be read back
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+  draft = path.with_suffix(path.suffix + ".part")
+  draft.write_text(text, encoding="utf-8")
+  draft.replace(path)
 
 
 def _is_first() -> bool:
   return jax.process_index() == 0
-
-
-def _refuse_other(path: pathlib.Path, old: dict, new: dict) -> None:
-  old, new = _flatten(old), _flatten(new)
-  changed = [
-    f"  {name}: {old.get(name)!r} there, {new.get(name)!r} asked for"
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-  ]
-  if changed:
-    raise WorkdirError(
-      f"{path} holds a run of another config; choose another --workdir or delete it:\n"
-      + "\n".join(changed)
-    )

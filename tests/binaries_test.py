@@ -1,6 +1,7 @@
-"""The binaries as a user runs them: in processes of their own, killed and started again."""
+"""Training and evaluating as a user does: stopped, killed, started again, refused."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -9,13 +10,13 @@ import time
 
 import chex
 import orbax.checkpoint as ocp
-import pandas as pd
 import pytest
 
+from command import call, refused, start
 from data_prep import convert
+from experiments import workdir
 from mmjax import synthetic
 
-ROOT = pathlib.Path(__file__).parents[1]
 EPOCHS = 12
 
 
@@ -29,17 +30,9 @@ def folder(tmp_path_factory):
   return folder
 
 
-def start(module, *flags, **kwargs):
-  command = [sys.executable, "-m", f"experiments.{module}", *flags]
-  return subprocess.Popen(
-    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-  )
-
-
-def train(folder, name, *more):
-  return start(
-    "train",
-    "--config=experiments/configs/quickstart.py:tiny",
+def flags(folder, name, *more):
+  return (
+    "--config=quickstart:tiny",
     "--config.model.hidden_size=4",
     f"--config.train.epochs={EPOCHS}",
     "--config.train.batch_size=8",
@@ -49,86 +42,154 @@ def train(folder, name, *more):
   )
 
 
-def finish(process):
-  output, _ = process.communicate(timeout=300)
-  return process.returncode, output
-
-
 def final(path):
   """Everything in the newest checkpoint of a run."""
   with ocp.CheckpointManager(path / "checkpoints") as checkpoints:
     return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore())
 
 
-def epochs_logged(path):
-  log = path / "metrics.jsonl"
-  return len(log.read_text().splitlines()) if log.exists() else 0
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(folder):
-  code, output = finish(train(folder, "whole"))
+def whole(folder):
+  """A run that nothing interrupted, its checkpoint and its log."""
+  code, output = call("train", *flags(folder, "whole"))
   assert code == 0, output
   assert "Best epoch" in output and "experiments.evaluate" in output
-  return final(folder / "whole")
+  assert "compiling, kept for next time" in output.lower() and "epoch/s" not in output
+  return final(folder / "whole"), (folder / "whole" / "metrics.jsonl").read_text()
 
 
-def wait_until(condition, process):
-  while not condition():
+def check_same(path, whole):
+  chex.assert_trees_all_equal(final(path), whole[0])
+  assert (path / "metrics.jsonl").read_text() == whole[1]
+  assert [line["epoch"] for line in workdir.history(path)] == list(range(EPOCHS))
+
+
+def wait_for_epochs(path, count, process):
+  while len(workdir.history(path)) < count:
     assert process.poll() is None, process.communicate()[0]
     time.sleep(0.01)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(folder, uninterrupted):
-  for epochs in (2, 6):
-    process = train(folder, "killed", "--checkpoint_every=0")
-    wait_until(lambda at=epochs: epochs_logged(folder / "killed") >= at, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-  assert epochs_logged(folder / "killed") < EPOCHS
-  code, output = finish(train(folder, "killed", "--checkpoint_every=0"))
+def test_a_killed_run_goes_on_from_its_folder_alone_and_ends_with_the_same_bits(folder, whole):
+  path = folder / "killed"
+  process = start("train", *flags(folder, "killed", "--checkpoint_every=0"))
+  wait_for_epochs(path, 2, process)
+  process.send_signal(signal.SIGSTOP)
+  assert len(workdir.history(path)) < EPOCHS
+  assert "another process trains in" in refused("train", f"--workdir={path}")
+  code, output = call("evaluate", f"--workdir={path}", "--rates=0.5", "--mask_seeds=1")
+  assert code == 0 and "not finished (epoch" in output, output  # readers are not held up
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  code, output = call("train", f"--workdir={path}")
   assert code == 0, output
-  chex.assert_trees_all_equal(final(folder / "killed"), uninterrupted)
-  logs = [(folder / name / "metrics.jsonl").read_text() for name in ("killed", "whole")]
-  assert logs[0] == logs[1]
-  assert [json.loads(line)["epoch"] for line in logs[0].splitlines()] == list(range(EPOCHS))
+  check_same(path, whole)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(folder, uninterrupted):
-  process = train(folder, "stopped")
-  wait_until(lambda: epochs_logged(folder / "stopped") >= 2, process)
+def test_sigterm_saves_and_says_at_once_how_to_go_on(folder, whole):
+  path = folder / "stopped"
+  process = start("train", *flags(folder, "stopped"))
+  wait_for_epochs(path, 2, process)
   process.send_signal(signal.SIGTERM)
-  code, output = finish(process)
-  assert code == 128 + signal.SIGTERM and "The same command goes on" in output
-  assert epochs_logged(folder / "stopped") < EPOCHS
-  code, output = finish(train(folder, "stopped"))
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert "Stopping after this stretch of steps; once more to abort at once." in output
+  assert "The same command goes on" in output
+  assert len(workdir.history(path)) < EPOCHS
+  code, output = call("train", *flags(folder, "stopped"))
   assert code == 0, output
-  chex.assert_trees_all_equal(final(folder / "stopped"), uninterrupted)
+  check_same(path, whole)
 
 
-def test_a_folder_of_another_config_is_refused(folder, uninterrupted):
-  code, output = finish(train(folder, "whole", "--config.optimizer.learning_rate=0.5"))
+def test_a_second_signal_aborts_whatever_the_program_does():
+  """As while compiling: nothing of Python's own runs in the sleep."""
+  code = (
+    "import os, signal, time; from experiments import interrupts\n"
+    "with interrupts.Watch():\n"
+    "  os.kill(os.getpid(), signal.SIGINT); print('ready', flush=True)\n"
+    "  time.sleep(60)\n"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+  assert process.stdout is not None
+  lines = [process.stdout.readline(), process.stdout.readline()]
+  assert any("once more to abort" in line for line in lines)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(20) == 128 + signal.SIGINT
+
+
+def test_a_folder_of_another_config_is_refused(folder, whole):
+  code, output = call("train", *flags(folder, "whole", "--config.optimizer.learning_rate=0.5"))
   assert code == 1
   assert "config.optimizer.learning_rate: 0.001 there, 0.5 asked for" in output
-  assert "Traceback" not in output
-  chex.assert_trees_all_equal(final(folder / "whole"), uninterrupted)
+  check_same(folder / "whole", whole)
+  assert "config.seed: 0 there, 3 asked" in call("train", *flags(folder, "whole", "--seed=3"))[1]
+
+
+def test_a_failed_start_leaves_nothing_and_what_has_not_begun_is_taken_over(folder):
+  path = folder / "failed"
+  for wrong, told in (
+    ("--config.method.order=third", "order is 'third'"),
+    ("--config.train.select=valid/acc9", "config.train.select=valid/acc9"),
+    ("--config.train.select=mse", "of mae, corr"),
+    ("--config.data.task=clasification", "task is 'clasification'"),
+    ("--config.mask.axis=space", "axis is 'space'"),
+    ("--config.phase_optimizer.mian.weight_decay=0", "has the phases main"),
+  ):
+    assert told in refused("train", *flags(folder, "failed", wrong))
+    assert not path.exists()
+  asked = {"config": {"seed": 1}, "data": "of others"}
+  workdir.Workdir(path, asked, "elsewhere").close()
+  workdir.check(path, {"config": {"seed": 2}})  # nothing was trained there
+  (path / "metrics.jsonl").write_text('{"epoch": 0}\n')
+  with pytest.raises(workdir.WorkdirError, match="config.seed: 1 there, 2 asked for"):
+    workdir.check(path, {"config": {"seed": 2}})
+
+
+def test_a_folder_of_the_old_format_is_refused(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"run": {"config": {}}, "data_dir": "data"}))
+  (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n')
+  for binary in ("train", "evaluate"):
+    assert "older format" in refused(binary, f"--workdir={tmp_path}")
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+  asked = {"seed": 0}
+  first = workdir.Workdir(tmp_path, asked, "data")
+  with pytest.raises(workdir.WorkdirError, match="another process"):
+    workdir.Workdir(tmp_path, asked, "data")
+  first.close()
+  workdir.Workdir(tmp_path, asked, "data").close()
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(folder):
-  code, output = finish(train(folder, "nan", "--config.optimizer.learning_rate=1e30"))
+  code, output = call("train", *flags(folder, "nan", "--config.optimizer.learning_rate=1e30"))
   assert code == 1 and "is not finite in phase" in output and "checkpoint" in output
-  assert "Traceback" not in output
 
 
-def test_evaluate_writes_table_and_curves(folder, uninterrupted):
-  code, output = finish(
-    start(
-      "evaluate",
-      f"--workdir={folder / 'whole'}",
-      "--rates=0:0.9:0.3",
-      "--mask_seeds=2",
-      "--missing=l,av",
-    )
+def test_an_oracle_is_labelled(folder):
+  more = ("--config.train.select=test/mae", "--config.train.epochs=3")
+  code, output = call("train", *flags(folder, "oracle", *more))
+  assert code == 0 and "TEST ORACLE" in output and "test/corr" in output, output
+  lines = workdir.history(folder / "oracle")
+  best = json.loads((folder / "oracle" / "done.json").read_text())
+  for metric, pick in (("mae", min), ("corr", max)):
+    values = [line["test"][metric] for line in lines]
+    assert best[f"test/{metric}"]["score"] == pytest.approx(pick(values), rel=1e-6)
+    assert values[best[f"test/{metric}"]["epoch"]] == pick(values)
+  output = call("evaluate", f"--workdir={folder / 'oracle'}", "--rates=0", "--mask_seeds=1")[1]
+  assert "TEST ORACLE" in output
+
+
+def test_evaluate_writes_table_and_curves(folder, whole):
+  del whole
+  code, output = call(
+    "evaluate",
+    f"--workdir={folder / 'whole'}",
+    "--rates=0:0.9:0.3",
+    "--mask_seeds=2",
+    "--missing=l,av",
   )
   assert code == 0, output
   out = folder / "whole" / "robustness"
@@ -136,101 +197,90 @@ def test_evaluate_writes_table_and_curves(folder, uninterrupted):
   assert len(runs) == 1 + (4 + 2) * 2
   assert (out / "robustness.png").stat().st_size > 5000
   assert "0.3" in (out / "robustness.md").read_text() and "±" in output
+  assert "not finished" not in output
+  for more, told in (("--mask=spam", "span"), ("--rates=a", "rates"), ("--missing=x", "'x'")):
+    assert told in refused("evaluate", f"--workdir={folder / 'whole'}", more)
+  nothing = folder / "nothing"
+  assert "holds no training run" in refused("evaluate", f"--workdir={nothing}")
+  assert not nothing.exists()
 
 
-def test_evaluating_a_folder_without_a_run_says_so(folder):
-  code, output = finish(start("evaluate", f"--workdir={folder / 'nothing'}"))
-  assert code == 1 and "holds no training run" in output and "Traceback" not in output
-  assert not (folder / "nothing").exists()
+PARTS = """
+import jax
+import jax.numpy as jnp
+
+from mmjax import masking, meta, types
 
 
-def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
-  """One seed in processes, then a second one side by side; what is finished stays as it is."""
-  out = folder / "compared"
+def make(*, scale: float = 1.0):
+  def init(key, spec):
+    return {"head": {"w": scale * jax.random.normal(key, (spec.text.dim,))}}, {}
 
-  def compare(*more):
-    code, output = finish(
-      start(
-        "compare",
-        "--config=experiments/configs/self_mm.py:tiny",
-        "--config.train.batch_size=8",
-        "--config.train.epochs=3",
-        f"--data_dir={folder / 'data'}",
-        f"--out={out}",
-        "--methods=orig,m3s",
-        "--test_rate=0.4,0.6",
-        "--test_rate=0.6,0.8",
-        *more,
-      )
-    )
-    assert code == 0, output
-    return output
+  def predict(params, batch, extra):
+    feature = masking.observed(batch.text).mean(1)
+    return {"prediction": feature @ params["head"]["w"], "feature": feature}
 
-  assert "orig, 0.4,0.6, seed 0: Best epoch" in compare("--seeds=1", "--schedule=processes")
-  first = final(out / "m3s-0.4,0.6" / "seed-0")
-  output = compare("--seeds=2", "--schedule=together")
-  assert "seeds [1]" in output and "seeds [0" not in output
-  chex.assert_trees_all_equal(first, final(out / "m3s-0.4,0.6" / "seed-0"))
-  table = pd.read_csv(out / "comparison.csv")
-  assert set(table["test_rate"]) == {"0.4-0.6", "0.6-0.8"}
-  mae = table[table["metric"] == "mae"]
-  assert (mae["n"] == 2).all() and mae["p"].notna().tolist() == [False, True] * 2
-  assert not (out / "m3s-0.4,0.6" / "together").exists()
-  for seed in (0, 1):
-    log = (out / "m3s-0.4,0.6" / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in log] == [0, 1, 2]
-    assert json.loads(log[-1])["test"]["mae"] > 0
-  for name in ("epochs_valid.png", "epochs_test.png", "robustness.png"):
-    assert (out / name).stat().st_size > 5000
-  assert "seed" not in compare("--seeds=2").split("Curves")[0]  # nothing left to train
+  def loss(params, batch, key, extra):
+    error = predict(params, batch, extra)["prediction"] - batch.label
+    return jnp.abs(error).mean(), types.Aux({}, extra)
+
+  return types.System(init, predict, (types.Phase("main", loss),))
 
 
-@pytest.mark.slow
-def test_ablate_trains_variants_and_tabulates_their_differences(folder):
-  out = folder / "ablated"
-
-  def ablate():
-    code, output = finish(
-      start(
-        "ablate",
-        "--model=quickstart",
-        "--change=blind: mask.drop=('text',); missing_rate=0",
-        "--dataset=tiny",
-        f"--data_dir={folder / 'data'}",
-        f"--out={out}",
-        "--set=quickstart/model.hidden_size=4",
-        "--set=train.epochs=2",
-        "--set=train.batch_size=16",
-        "--seeds=1",
-        "--mask_seeds=2",
-        "--selection=test_oracle",
-      )
-    )
-    assert code == 0, output
-    return output
-
-  assert ablate().count("Best epoch") == 2
-  table = pd.read_csv(out / "differences.csv").set_index("model")
-  assert table.loc["quickstart", "Δ mae"] == 0 and table.loc["quickstart blind", "Δ mae"] != 0
-  page = (out / "report.html").read_text(encoding="utf-8")
-  assert "TEST ORACLE" in page and "experiments.ablate --model=quickstart" in page
-  rows = pd.read_csv(out / "robustness_runs.csv")
-  assert len(rows) == 2 * (10 + 6) * 2  # variants x conditions x masks
-  # without language, audio and vision nothing is seen: no mask makes a difference
-  silent = rows[(rows["model"] == "quickstart blind") & (rows["kind"] == "missing")]
-  assert silent[silent["condition"] == "av"]["mae"].nunique() == 1
+def blinks(rate=0.5, *, softer: float = 1.0):
+  return masking.bernoulli(jnp.asarray(rate) * softer)
 
 
-def test_an_entry_for_a_model_that_does_not_run_is_refused(folder):
-  code, output = finish(
-    start(
-      "robustness",
-      "--configs=quickstart",
-      "--dataset=tiny",
-      f"--data_dir={folder / 'data'}",
-      f"--out={folder / 'refused'}",
-      "--set=quickstrat/train.epochs=2",
-    )
+def patient(mask, *, weight: float = 1.0):
+  return meta.spl(mask)._replace(title="Patient")
+"""
+CONFIG = """
+from experiments.configs import common
+
+
+def get_config(dataset="tiny"):
+  config = common.get_config(dataset)
+  config.model = dict(name="own_parts:make")
+  config.mask = dict(name="own_parts:blinks", rate=(0.4, 0.6), softer=0.9, drop=())
+  config.method = dict(name="own_parts:patient", weight=2.0)
+  config.train.epochs, config.train.batch_size, config.train.patience = 2, 16, 0
+  return config
+"""
+
+
+def test_own_model_mask_and_method_from_a_folder_of_ones_own(folder, tmp_path, monkeypatch):
+  (tmp_path / "own_parts.py").write_text(PARTS)
+  config = tmp_path / "own_config.py"
+  config.write_text(CONFIG)
+  data, run = f"--data_dir={folder / 'data'}", tmp_path / "run"
+  for wrong, told in (
+    ("--config.model.scal=2", "did you mean 'scale'"),
+    ("--method=own_parts:patent", "module 'own_parts' has no 'patent'"),
+    ("--method=own_part:patient", "is its folder in PYTHONPATH?"),
+  ):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert told in refused("train", f"--config={config}:tiny", data, f"--workdir={run}", wrong)
+  code, output = call(
+    "train", f"--config={config}:tiny", data, f"--workdir={run}", "--config.model.scale=0.5"
   )
-  assert code == 1 and "'quickstrat' is none of quickstart" in output and "Traceback" not in output
-  assert not (folder / "refused").exists()
+  assert code == 0 and "Best epoch" in output, output
+  code, output = call("evaluate", f"--workdir={run}", "--rates=0,0.8", "--mask_seeds=1")
+  assert code == 0 and "±" not in output.split("Curves")[0], output
+  # its trainings are processes of their own
+  paths = (str(tmp_path), str(pathlib.Path(__file__).parents[1]))
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+  code, output = call(
+    "robustness",
+    f"--configs={config}",
+    "--dataset=tiny",
+    data,
+    f"--out={tmp_path / 'robust'}",
+    "--mask=own_parts:blinks",
+    "--method=own_parts:patient",
+    "--seeds=7,",
+    "--mask_seeds=1",
+    "--shown=0,0.9",
+  )
+  assert code == 0 and "own_config, seed 7: Best epoch" in output, output
+  page = (tmp_path / "robust" / "report.html").read_text(encoding="utf-8")
+  assert "Patient, missing rate 0,1, own_parts:blinks masks, seeds 7" in page

@@ -1,10 +1,13 @@
 import json
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import numpy as np
+
+from command import call
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,10 +24,18 @@ def test_the_python_examples_run():
 def test_named_files_and_modules_exist():
   for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
     assert (ROOT / path).exists(), path
-  for path in re.findall(r"--config=(\S+\.py)", README):
-    assert (ROOT / path).exists(), path
   for module in re.findall(r"python -m (\S+)", README):
-    assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_the_commands_have_their_flags_and_configs():
+  commands = re.findall(r"python -m experiments\.(\w+) ((?:[^\n`]*\\\n)*[^\n`]*)", README)
+  known = [(name, flags) for name, flags in commands if name != "parity"]
+  assert len(known) >= 5
+  for name, flags in known:
+    code, output = call(name, *shlex.split(flags.replace("\\\n", " ")), "--help")
+    assert code == 0, (name, output)
 
 
 def test_importing_the_library_loads_no_heavy_framework():

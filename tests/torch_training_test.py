@@ -1,22 +1,17 @@
 """Against PyTorch (extra "parity"): optimizer steps, and importing what was trained there."""
 
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from command import call
 from data_prep import convert
-from experiments import import_torch
-from experiments import run as run_lib
+from experiments import build, import_torch
 from experiments.configs import misa, mmim, mmin, self_mm
-from mmjax import optim, synthetic
+from mmjax import optim, synthetic, torch_import
 
-ROOT = pathlib.Path(__file__).parents[1]
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
@@ -95,7 +90,7 @@ def test_training_there_and_here(folder, tmp_path):
   """Adam, a rate and weight decay per module, four batches an update; then the import."""
   torch.manual_seed(0)
   config = make_config()
-  dataset = run_lib.load_data(config, str(folder / "data"))
+  dataset = build.load_data(config, str(folder / "data"))
   train = jax.tree.map(jnp.asarray, dataset.train)
   theirs = SelfMM(*(dim for _, dim, _ in dataset.spec[:3]))
   other = [p for n, p in theirs.named_parameters() if not n.startswith(("audio_m", "video_m"))]
@@ -111,9 +106,9 @@ def test_training_there_and_here(folder, tmp_path):
     torch.save({f"Model.{name}": p for name, p in theirs.state_dict().items()}, path)
 
   save(tmp_path / "first.pth")
-  state = import_torch.read_state(tmp_path / "first.pth")
-  found = import_torch.import_state(config, state, str(folder / "data"))
-  system = run_lib.make_system(config)
+  state = torch_import.read_state(tmp_path / "first.pth")
+  found = import_torch.import_state(config, state, str(folder / "data"))[1]
+  system = build.make_system(config)
   optimizer = optim.make(total_steps=8, **config.optimizer.to_dict())
 
   @jax.jit
@@ -137,21 +132,17 @@ def test_training_there_and_here(folder, tmp_path):
       adam.step()
   save(tmp_path / "trained.pth")
 
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.import_torch",
-    "--model=self_mm",
+  code, output = call(
+    "import_torch",
     f"--checkpoint={tmp_path / 'trained.pth'}",
-    f"--config={self_mm.__file__}:tiny",
+    "--config=self_mm:tiny",
     f"--data_dir={folder / 'data'}",
     f"--out={tmp_path / 'run'}",
     *(f"--config.model.{name}={value}" for name, value in SETTINGS.items()),
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-  assert done.returncode == 0, done.stderr
-  assert "experiments.evaluate" in done.stdout
-  run, imported = run_lib.load_run(str(tmp_path / "run"))
+  )
+  assert code == 0 and "experiments.evaluate" in output, output
+  run, selected = build.load_run(tmp_path / "run")
+  imported = {"params": selected["valid/mae"].params, "extra": selected["valid/mae"].extra}
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), params, imported["params"]
   )
@@ -163,15 +154,15 @@ def test_training_there_and_here(folder, tmp_path):
 
 def test_what_cannot_be_imported(folder, tmp_path):
   with pytest.raises(ValueError, match="nowhere.pth: cannot be read"):
-    import_torch.read_state(tmp_path / "nowhere.pth")
+    torch_import.read_state(tmp_path / "nowhere.pth")
   torch.save(SelfMM(3, 3, 3), tmp_path / "module.pth")  # a whole module: code would have to run
   with pytest.raises(ValueError, match="state_dict"):
-    import_torch.read_state(tmp_path / "module.pth")
+    torch_import.read_state(tmp_path / "module.pth")
   torch.save({"epoch": 3}, tmp_path / "other.pth")
   with pytest.raises(ValueError, match="no state_dict"):
-    import_torch.read_state(tmp_path / "other.pth")
+    torch_import.read_state(tmp_path / "other.pth")
   with pytest.raises(ValueError, match="net_A"):
-    import_torch.read_state(tmp_path)
+    torch_import.read_state(tmp_path)
   state = {name: p.numpy() for name, p in SelfMM(3, 3, 3).state_dict().items()}
   state["stranger"] = state.pop("post_text_layer_1.bias")
   with pytest.raises(ValueError, match="stranger") as error:

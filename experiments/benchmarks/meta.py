@@ -23,7 +23,7 @@ import tabulate
 import tqdm
 from absl import app, flags
 
-from experiments import jobs
+from experiments import processes
 from experiments.benchmarks import cases, peers
 from mmjax import evaluate, masking, meta, plots
 
@@ -246,7 +246,7 @@ def main(argv):
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   warnings.filterwarnings("ignore", message="TF32 acceleration|Converting a tensor")  # of torch
   jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
-  jobs.cores_as_devices()
+  processes.cores_as_devices()
   settings = ["aligned_b32"] if _QUICK.value else _SETTINGS.value
   steps = ["1"] if _QUICK.value else _STEPS.value
   also = [] if _QUICK.value else _ALSO.value

@@ -1,4 +1,8 @@
-"""What all configs share: the data, the training loop, the missing data and M³S."""
+"""What all configs share: the data, the training loop, the missing data and the method."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -17,18 +21,21 @@ ABLATIONS = {
 def get_config(dataset: str) -> ml_collections.ConfigDict:
   """The settings that every model's config starts from.
 
+  `model`, `mask` and `method` name a factory, registered or your own `package.module:attribute`,
+  and hold what differs from its defaults.
+
   Args:
     dataset: name under which the data were converted, such as "mosi".
 
   Returns:
     The config; any entry is a flag, `--config.train.epochs=3`.
   """
-  classes = dataset in CLASSIFICATION
   config = ml_collections.ConfigDict()
+  config.seed = 0  # of everything random in the run
   config.data = dict(
     name=dataset,
     text="features",  # "features": precomputed; "tokens": raw ids through a BERT
-    task="classification" if classes else "regression",
+    task="classification" if dataset in CLASSIFICATION else "regression",
     stream=False,  # leave the training split on disk, for data larger than the memory
     standardize=False,  # audio and vision by the training split's mean and std
   )
@@ -36,24 +43,46 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
     batch_size=128,
     epochs=100,
     patience=20,  # epochs without a better validation; 0 never stops early
-    select="f1" if classes else "mae",  # the validation metric that picks the epoch
-    valid_rate=(),  # (lowest, highest) missing rate in validation; as in training
-    selection="validation",  # "test_oracle" picks by the test split, as published LNLN: no result
+    # "split/metric" that picks the epoch, the task's own on validation if empty; "test/mae" picks
+    # each metric's own epoch by the test split, as published LNLN: an oracle and no result
+    select="",
+    log_test=False,  # log the test split's metrics too, for figures; they select nothing
   )
   config.optimizer = dict(name="adam", learning_rate=1e-4)
   config.mask = dict(
-    kind="span",  # span (M³S) or bernoulli (LNLN)
-    axis="time",  # of spans: "time" or "feature"
-    complete_share=0.0,  # bernoulli, in training: how many samples' modalities stay complete
+    name="span",  # M³S's; "bernoulli" is LNLN's
+    rate=(0.4, 0.6),  # lowest and highest missing rate, in training and validation
     drop=(),  # modalities that are never seen, in training and testing
   )
-  config.m3s = dict(
-    inner_steps=1,  # K; not given in the paper
-    order="first",  # as in Algorithm 1; "second" is the exact meta-gradient
-    fresh_masks=False,  # one support mask for all inner steps
-    optimizer=dict(name="sgd", learning_rate=1e-4),
-  )
+  # what replaces the mask's entries in validation and testing, where it takes them
+  config.valid = dict(complete_share=0.0)
+  config.method = dict(name="m3s", optimizer=dict(name="sgd", learning_rate=1e-4))
   return config
+
+
+def settings_for(
+  model: str, dataset: str, table: Mapping[str, Any], default: str = "mosi", **alike: str
+) -> Any:
+  """A dataset's row of a table of settings; says so where another dataset's have to do.
+
+  Args:
+    model: name of the config.
+    dataset: the dataset.
+    table: the settings by dataset.
+    default: the row of a dataset that is not known.
+    **alike: dataset -> the row of another one that serves it.
+
+  Returns:
+    The row.
+  """
+  if dataset in table:
+    return table[dataset]
+  row = alike.get(dataset, default)
+  print(
+    f"note: config {model} has no settings of its own for {dataset!r}; {row.upper()}'s are used.",
+    file=sys.stderr,
+  )
+  return table[row]
 
 
 def epoch_warmup(config: ml_collections.ConfigDict, peak: float, **settings) -> dict:

@@ -1,6 +1,6 @@
 """LNLN (Zhang, Wang & Yu 2024) with the authors' hyperparameters.
 
-python -m experiments.train --config=experiments/configs/lnln.py:mosi \
+python -m experiments.train --config=lnln:mosi \
     --data_dir=data --workdir=runs/lnln --method=spl --missing_rate=0,1
 """
 
@@ -14,7 +14,7 @@ ABLATIONS = {
     "w/o DMC": {"model.correction": False},
     "w/o Reconstructor": {"model.reconstruction": False},
     "w/o DMML": {"model.hyper_learning": False},
-    "w/o Missing Data for Training": {"missing_rate": 0},
+    "w/o Missing Data for Training": {"mask.rate": (0.0, 0.0)},
   },
   "regularization": {
     "w/o l_cc": {"model.completeness_weight": 0.0},
@@ -35,38 +35,19 @@ ABLATIONS = {
     "with the paper's proxy": {"model.proxy": "learned"},
   },
 }
+ADVERSARIAL_WEIGHT = {"mosi": 0.8, "mosei": 0.8, "sims": 0.6}
 
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(
-    name="lnln",
-    size=128,
-    tokens=8,
-    discriminator_size=64,
-    depth=2,
-    heads=8,
-    hidden_size=128,
-    hyper_depth=3,
-    hyper_heads=8,
-    completeness_weight=0.9,
-    adversarial_weight=0.6 if dataset == "sims" else 0.8,
-    reconstruction_weight=0.1,
-    task_weight=1.0,
-    # the parts of Tables 4 and 5
-    correction=True,
-    hyper_learning=True,
-    reconstruction=True,
-    # where code and paper differ, see mmjax/models/lnln.py
-    reversal="proxy",
-    proxy="generator",
-  )
+  weight = common.settings_for("lnln", dataset, ADVERSARIAL_WEIGHT, sims_v2="sims")
+  config.model = dict(name="lnln", adversarial_weight=weight)
   config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
-  config.mask.kind = "bernoulli"
-  config.mask.complete_share = 0.5
+  # complete_share: how many samples' modalities stay complete in training
+  config.mask = dict(name="bernoulli", rate=(0.4, 0.6), complete_share=0.5, drop=())
   config.train.batch_size = 64
   config.train.epochs = 200
   config.train.patience = 32
   config.optimizer = common.epoch_warmup(config, 1e-4, name="adamw", weight_decay=1e-4)
-  config.m3s.optimizer.learning_rate = 1e-4
+  config.method.optimizer.learning_rate = 1e-4
   return config

@@ -1,6 +1,6 @@
 """MMIN (Zhao et al. 2021) with the hyperparameters of M³S §4.4 and of the authors' scripts.
 
-python -m experiments.train --config=experiments/configs/mmin.py:iemocap \
+python -m experiments.train --config=mmin:iemocap \
     --data_dir=data --workdir=runs/mmin --method=m3s --missing_rate=0.4,0.6
 """
 
@@ -12,21 +12,7 @@ NETWORKS = ("encoders/audio", "encoders/text", "encoders/vision", "imagine", "cy
 
 def get_config(dataset: str = "iemocap"):
   config = common.get_config(dataset)
-  config.model = dict(
-    name="mmin",
-    embedding_sizes=(128, 128, 128),  # of audio, text and vision
-    pooling="maxpool",
-    autoencoder_sizes=(256, 128, 64),
-    blocks=5,
-    classifier_sizes=(128, 128),
-    dropout=0.5,
-    batch_norm=False,
-    share_weight=False,
-    task_weight=1.0,
-    imagination_weight=4.0,
-    cycle_weight=2.0,
-    teacher_epochs=TEACHER_EPOCHS,
-  )
+  config.model = dict(name="mmin", teacher_epochs=TEACHER_EPOCHS)
   config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 256
   config.train.epochs = TEACHER_EPOCHS + 60
@@ -43,7 +29,7 @@ def get_config(dataset: str = "iemocap"):
     student=dict(groups=(bert, *clipped(1.0, NETWORKS))),
   )
   # clipped like the outer steps: at first the cascades amplify, and so do their gradients
-  config.m3s.optimizer = dict(
+  config.method.optimizer = dict(
     name="sgd", learning_rate=2e-4, groups=config.phase_optimizer.student.groups
   )
   return config

@@ -7,12 +7,13 @@ from experiments.configs import misa
 
 
 def get_config(dataset: str = "synthetic"):
-  config = misa.get_config(dataset)
+  config = misa.get_config("mosi")
+  config.data.name = dataset
   config.model.hidden_size = 32
   config.model.dropout = 0.1
   config.train.batch_size = 32
   config.train.epochs = 20
   config.train.patience = 0
   config.optimizer.learning_rate = 1e-3
-  config.m3s.optimizer.learning_rate = 1e-3
+  config.method.optimizer.learning_rate = 1e-3
   return config

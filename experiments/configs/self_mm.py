@@ -1,40 +1,38 @@
 """Self-MM (Yu et al. 2021) with the hyperparameters of M³S §4.4 and MMSA.
 
-python -m experiments.train --config=experiments/configs/self_mm.py:sims \
+python -m experiments.train --config=self_mm:sims \
     --data_dir=data --workdir=runs/self_mm --method=m3s --missing_rate=0.4,0.6
 """
 
 from experiments.configs import common
 
-# MMSA's settings per dataset: the model, and the weight decay and rate of its parts. Pairs are
-# of audio and vision, fours of the heads: fusion, text, audio, vision.
+# MMSA's settings per dataset: of the model, where they differ from its own (MOSI's), and of the
+# parts' optimizers. Pairs are of audio and vision, fours of the heads: fusion, text, audio, vision.
 MODEL = {
-  "mosi": dict(lstm_sizes=(16, 32), head_dropout=(0.0, 0.1, 0.1, 0.0), bound=3.0),
-  "mosei": dict(lstm_sizes=(16, 32), head_dropout=(0.1, 0.0, 0.0, 0.0), bound=3.0),
+  "mosi": dict(),
+  "mosei": dict(head_dropout=(0.1, 0.0, 0.0, 0.0)),
   "sims": dict(lstm_sizes=(16, 64), head_dropout=(0.0, 0.1, 0.1, 0.1), bound=1.0),
+  "sims_v2": dict(
+    lstm_sizes=(16, 64), head_sizes=(128, 64, 32, 32), head_dropout=(0.0, 0.0, 0.1, 0.0)
+  ),
 }
 AUDIO = {
   "mosi": dict(learning_rate=5e-3, weight_decay=1e-3),
   "mosei": dict(learning_rate=5e-3, weight_decay=0.0),
   "sims": dict(learning_rate=5e-3, weight_decay=1e-2),
+  "sims_v2": dict(learning_rate=1e-3, weight_decay=0.0),
 }
 VISION = {**AUDIO, "mosei": dict(learning_rate=1e-4, weight_decay=0.0)}
 OTHER = {"mosei": dict(weight_decay=1e-2)}
+BERT_DECAY = {"sims_v2": 1e-2}
 
 
 def get_config(dataset: str = "mosi"):
+  model = common.settings_for("self_mm", dataset, MODEL)
   known = dataset if dataset in MODEL else "mosi"
   config = common.get_config(dataset)
   # "first" is the published [CLS]; precomputed states of it have read the missing words
-  config.model = dict(
-    name="self_mm",
-    pooling="mean",
-    out_sizes=(16, 32),
-    head_sizes=(128, 32, 16, 32),
-    lstm_dropout=(0.0, 0.0),
-    exclude_zero=True,
-    **MODEL[known],
-  )
+  config.model = dict(name="self_mm", pooling="mean", **model)
   config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 32
   config.train.epochs = 100
@@ -42,7 +40,7 @@ def get_config(dataset: str = "mosi"):
   rates = (("^audio_", AUDIO[known]), ("^vision_", VISION[known]))
   bert = (
     (r"^bert/.*(bias|norm/)", dict(learning_rate=5e-5, weight_decay=0.0)),
-    ("^bert/", dict(learning_rate=5e-5, weight_decay=1e-3)),
+    ("^bert/", dict(learning_rate=5e-5, weight_decay=BERT_DECAY.get(known, 1e-3))),
   )
   config.optimizer = dict(
     name="adam",
@@ -52,7 +50,7 @@ def get_config(dataset: str = "mosi"):
     accumulate=4,  # MMSA updates after every fourth batch
   )
   config.optimizer.update(OTHER.get(known, {}))
-  config.m3s.optimizer = dict(
+  config.method.optimizer = dict(
     name="sgd",
     learning_rate=1e-3,
     groups=(

@@ -1,36 +1,19 @@
 """TFR-Net (Yuan et al. 2021) with MMSA's hyperparameters.
 
-python -m experiments.train --config=experiments/configs/tfr_net.py:mosi \
+python -m experiments.train --config=tfr_net:mosi \
     --data_dir=data --workdir=runs/tfr_net --method=spl --missing_rate=0,1
 """
 
 from experiments.configs import common
 
+MODEL = {"mosi": dict()}  # the model's own settings are MMSA's for MOSI
+
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  # threes are of text, audio and vision
-  config.model = dict(
-    name="tfr_net",
-    size=30,
-    heads=6,
-    depth=3,
-    memory_depth=3,
-    temporal_heads=25,
-    kernel_sizes=(1, 5, 3),
-    gate_sizes=(36, 20, 48),
-    gate_depth=3,
-    hidden_size=128,
-    text_dropout=0.2,
-    attention_dropout=(0.2, 0.1, 0.0),
-    transformer_dropout=0.2,
-    gate_dropout=0.2,
-    head_dropout=0.0,
-    generation_weights=(5.0, 2.0, 20.0),
-    similarity_weight=5.0,
-  )
+  config.model = dict(name="tfr_net", **common.settings_for("tfr_net", dataset, MODEL))
   config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
-  config.mask.kind = "bernoulli"
+  config.mask.name = "bernoulli"
   config.train.batch_size = 24
   config.train.epochs = 100
   config.train.patience = 6
@@ -45,5 +28,5 @@ def get_config(dataset: str = "mosi"):
     ),
     plateau=dict(patience=5, factor=0.1),
   )
-  config.m3s.optimizer.learning_rate = 1e-3
+  config.method.optimizer.learning_rate = 1e-3
   return config

@@ -1,0 +1,93 @@
+"""Metrics against the missing rate and against the epoch: tables and curves."""
+
+import pathlib
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mmjax import metrics, plots, tables
+
+
+def write(
+  rows: Sequence[dict],
+  out: str | pathlib.Path,
+  *,
+  by: Sequence[str] = ("kind", "condition"),
+  lines: str | None = None,
+  show: bool = True,
+) -> pd.DataFrame:
+  """Writes robustness rows as `robustness.{csv,md,tex,png}` and `robustness_runs.csv`.
+
+  Args:
+    rows: from `mmjax.evaluate.robustness`, with further columns if `by` names them.
+    out: the output folder.
+    by: the columns that tell the table's rows apart.
+    lines: the column whose values are the curves' lines.
+    show: whether to print the results: the files hold the long table, the terminal gets the
+      missing rates against the lines.
+
+  Returns:
+    The summary, mean and standard deviation over seeds.
+  """
+  out = pathlib.Path(out)
+  table = tables.write(out, "robustness", rows, by)
+  shown = metrics.headline(table.columns)
+  if show:
+    print(headlines(table, by) if lines is None else pivots(table, lines, shown))
+  rates = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
+  if len(rates):
+    if lines == "method" and "missing_rate" in rates:
+      rates = rates.assign(method=_lines(rates))
+    path = plots.curves(
+      rates, shown, out / "robustness.png", x="condition", x_label="missing rate", lines=lines
+    )
+    print(f"\nCurves: {path}")
+  print(f"Tables: {out / 'robustness.md'}, {out / 'robustness.csv'}")
+  return table
+
+
+def headlines(table: pd.DataFrame, by: Sequence[str]) -> str:
+  """A summary's first headline metrics, for the terminal."""
+  shown = metrics.headline(table.columns)
+  return tables.to_text(table[[*by, "n", *(c for n in shown for c in (n, f"{n}_std"))]])
+
+
+def pivots(table: pd.DataFrame, lines: str, shown: Sequence[str]) -> str:
+  """A summary for the terminal: per headline metric, conditions × `lines`."""
+  if "missing_rate" in table:
+    table = table.assign(**{lines: _lines(table)})
+  parts = []
+  for metric in shown:
+    matrix = tables.pivot(table, rows=["kind", "condition"], columns=lines, metric=metric)
+    text = matrix.to_markdown(index=False, tablefmt="simple", disable_numparse=True)
+    parts.append(f"{plots.title(metric)}:\n{text}")
+  return "\n\n".join(parts)
+
+
+def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> None:
+  """Draws `epochs_valid.png` and `epochs_test.png`: metrics against the epoch, per method.
+
+  Args:
+    rows: per run and epoch: "missing_rate", "method", "seed", "split", "epoch", "train_loss"
+      and metrics (none on the test split where it was not logged).
+    out: the output folder.
+  """
+  out = pathlib.Path(out)
+  for split, part in pd.DataFrame(rows).groupby("split"):
+    part = part.drop(columns="split").dropna(axis=1, how="all").dropna()
+    shown = ["train_loss", *metrics.headline(part.columns)][:4]
+    if len(shown) == 1 or part.empty:
+      continue
+    part["method"] = _lines(part)
+    table = tables.summarize(part.drop(columns="missing_rate"), ("method", "epoch"))
+    path = plots.curves(
+      table, shown, out / f"epochs_{split}.png", x="epoch", x_label="epoch", lines="method"
+    )
+    print(f"Curves over the epochs: {path}")
+
+
+def _lines(frame: pd.DataFrame) -> pd.Series:
+  """What tells the lines of a figure apart: the method, and the missing rate if there are more."""
+  if frame["missing_rate"].nunique() == 1:
+    return frame["method"]
+  return frame["method"] + " " + frame["missing_rate"]
