@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 import optax
 
 from experiments import settings, workdir
 from mmjax import data, evaluate, masking, metrics, optim, registry, stream, train, types
 
-Config = ml_collections.ConfigDict
+Config = settings.Config
 Path = str | os.PathLike
 Evaluator = Callable[[types.Params, types.Extra], Mapping[str, float]]
 

@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags, logging
 from absl.testing import flagsaver
 
@@ -132,8 +131,8 @@ def entries(texts: Sequence[str]) -> dict[str, str]:
 
 
 def change(
-  config: ml_collections.ConfigDict, short: dict[str, object], sets: dict[str, str]
-) -> ml_collections.ConfigDict:
+  config: settings.Config, short: dict[str, object], sets: dict[str, str]
+) -> settings.Config:
   """Sets the entries that short forms (`--method`, `--seed` …) and `--set` ask for.
 
   Args:

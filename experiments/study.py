@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 
@@ -36,7 +35,7 @@ class Variant(NamedTuple):
   """
 
   name: str
-  config: ml_collections.ConfigDict
+  config: settings.Config
   columns: dict[str, str]
   folder: str
 

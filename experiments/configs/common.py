@@ -18,7 +18,7 @@ ABLATIONS = {
 }
 
 
-def get_config(dataset: str) -> ml_collections.ConfigDict:
+def get_config(dataset: str) -> Any:
   """The settings that every model's config starts from.
 
   `model`, `mask` and `method` name a factory, registered or your own `package.module:attribute`,
@@ -28,7 +28,7 @@ def get_config(dataset: str) -> ml_collections.ConfigDict:
     dataset: name under which the data were converted, such as "mosi".
 
   Returns:
-    The config; any entry is a flag, `--config.train.epochs=3`.
+    The ConfigDict; any entry is a flag, `--config.train.epochs=3`.
   """
   config = ml_collections.ConfigDict()
   config.seed = 0  # of everything random in the run
@@ -85,7 +85,7 @@ def settings_for(
   return table[row]
 
 
-def epoch_warmup(config: ml_collections.ConfigDict, peak: float, **settings) -> dict:
+def epoch_warmup(config: Any, peak: float, **settings) -> dict:
   """An optimizer whose rate moves once an epoch, as ALMT's and LNLN's: a rise, then a cosine."""
   epochs = config.train.get_ref("epochs")  # follows `--config.train.epochs`
   rate = ml_collections.ConfigDict(dict(name="epoch_warmup_cosine", peak=peak, warmup=0.1))
