@@ -34,7 +34,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import flax.core
 import flax.linen as nn
 import jax
@@ -52,7 +51,7 @@ class OutputLoss(Protocol):
 
   def __call__(
     self, out: dict[str, types.Array], batch: types.Batch, extra: types.Extra
-  ) -> tuple[chex.Scalar, types.Aux]:
+  ) -> tuple[types.Array, types.Aux]:
     """The loss.
 
     Args:

@@ -7,7 +7,6 @@ tokens) of one modality and D for its feature channels.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,7 +170,7 @@ class LossFn(Protocol):
 
   def __call__(
     self, params: Params, batch: Batch, key: PRNGKey | None, extra: Extra
-  ) -> tuple[chex.Scalar, Aux]:
+  ) -> tuple[Array, Aux]:
     """The loss of a batch.
 
     Args:
