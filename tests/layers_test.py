@@ -99,7 +99,8 @@ def test_recurrences_take_features_of_half_precision(x, valid, module, dtype):
   expected, (their_grads, their_grad_x) = gradient(params, half.astype(jnp.float32))
   assert value.dtype == jnp.float32 and grad_x.dtype == dtype
   np.testing.assert_allclose(value, expected, rtol=1e-5)
-  np.testing.assert_allclose(grad_x.astype(jnp.float32), their_grad_x, rtol=0.02, atol=1e-3)
+  eps = float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(grad_x.astype(jnp.float32), their_grad_x, rtol=2 * eps, atol=2 * eps)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, their_grads)
 
 
