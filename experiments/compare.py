@@ -12,6 +12,7 @@ and epochs_{valid,test}.png (metrics against the epoch).
 import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 
 import pandas as pd
 from absl import flags
@@ -21,11 +22,11 @@ from experiments.report import methods, rates
 from mmjax import evaluate, meta, types
 
 _FLAGS = flags.FlagValues()
-cli.define_config(_FLAGS)
+_CONFIG, _SET = cli.define_config(_FLAGS)
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", "data", "Folder of the converted datasets.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of the runs and tables.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", "", "Folder of the runs and tables.", flag_values=_FLAGS)
 _METHODS = flags.DEFINE_list(
   "methods",
   list(meta.METHODS),
@@ -54,22 +55,24 @@ _PROCESSES = flags.DEFINE_integer(
 FEW = 5  # runs, below which a p-value says little
 
 
-def make_variants(training_rates: list[str | None]) -> list[study.Variant]:
+def make_variants(training_rates: Sequence[str | None]) -> list[study.Variant]:
   """A line for each missing rate and method."""
-  sets, found = cli.entries(_FLAGS["set"].value), []
+  sets, found = cli.entries(_SET.value), []
   names = cli.lookup_all("methods", "method", _METHODS.value)
   taken = {n: settings.takes("method", f) for n, f in names.items()}
 
   def serves(entry, name):  # settings of one method are none of another's
     section, _, setting = entry.partition(".")
-    own = section == "method" and setting != "name" and taken[name] is not None
-    return not own or setting.partition(".")[0] in taken[name]
+    known = taken[name]
+    if section != "method" or setting == "name" or known is None:
+      return True
+    return setting.partition(".")[0] in known
 
   for entry in sets:
     if not any(serves(entry, name) for name in names):
       raise types.UsageError(f"--set={entry}=…: none of {', '.join(names)} takes it.")
   for text, name in itertools.product(training_rates, names):
-    config = settings.load(_FLAGS["config"].value)
+    config = settings.load(_CONFIG.value)
     config.train.log_test = True
     short = {"method.name": name, "mask.rate": cli.rate("missing_rate", text)}
     cli.change(config, short, {e: v for e, v in sets.items() if serves(e, name)})
@@ -86,7 +89,7 @@ def main():
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
   variants = make_variants(_MISSING_RATE.value or [None])
   trained = [settings.plain(variant.config.mask.rate) for variant in variants]
-  tested = [cli.rate("test_rate", text) for text in _TEST_RATE.value] or list(
+  tested = [cli.rate("test_rate", text) for text in _TEST_RATE.value or ()] or list(
     dict.fromkeys(trained)
   )
 
@@ -98,7 +101,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_SCHEDULE.value, _PROCESSES.value)
+  runs.train(_SCHEDULE.value, _PROCESSES.value or 1)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
   out, titles = pathlib.Path(_OUT.value), [variant.columns["method"] for variant in variants]
   by = ("missing_rate", "method", "kind", "condition")

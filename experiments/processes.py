@@ -45,7 +45,7 @@ def cores_as_devices() -> None:
   number of devices, and several of them share the cores already (`run`).
   """
   flags = os.environ.get("XLA_FLAGS", "")
-  if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in flags:
+  if jax.config.read("jax_num_cpu_devices") < 0 and "host_platform_device_count" not in flags:
     cores = len(_cores()) or os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # too late: something ran already in this process
       jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
