@@ -88,14 +88,15 @@ def main():
   processes.cores_as_devices()
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
   variants = make_variants(_MISSING_RATE.value or [None])
-  trained = [settings.plain(variant.config.mask.rate) for variant in variants]
-  tested = [cli.rate("test_rate", text) for text in _TEST_RATE.value or ()] or list(
-    dict.fromkeys(trained)
-  )
+  trained = [cli.rate_text(settings.plain(v.config.mask.get("rate", ()))) for v in variants]
+  asked = _TEST_RATE.value or list(dict.fromkeys(trained))
+  tested = [rate for text in asked if (rate := cli.rate("test_rate", text))]
 
   def conditions(mask):
     own = [evaluate.rate_condition(*rate, mask=mask) for rate in tested]
-    return own + evaluate.parse_rates("0:0.9:0.1", mask=mask)
+    names = [condition.name for condition in own]
+    curve = evaluate.parse_rates("0:0.9:0.1", mask=mask)
+    return own + [condition for condition in curve if condition.name not in names]
 
   runs = study.Study(variants, seeds, _DATA_DIR.value, _OUT.value)
   runs.check(conditions)
@@ -112,6 +113,7 @@ def main():
     rows,
     out,
     pd.read_csv(methods.PAPER),
+    conditions=[evaluate.rate_condition(*rate).name for rate in tested],
     model=config.model.name,
     dataset=config.data.name,
     baseline="ORIG" if "ORIG" in titles else titles[0],
