@@ -52,7 +52,8 @@ def main():
   state = torch_import.read_state(path)
   config = settings.load(_CONFIG.value)
   if any("bert" in name or name.startswith("text_model.") for name in state):
-    config.data.text = "tokens"  # the checkpoint brings its own encoder
+    config.data.text = "tokens"
+    config.model.bert = dict(from_scratch=True)  # the checkpoint brings its own encoder
     if config.model.get("pooling") in ("first", "mean"):
       config.model.pooling = "first"  # the published one
   cli.change(config, {}, cli.entries(_SET.value))

@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from mmjax import data, masking, meta, models, optim, registry, stream, types
+from mmjax import bert, data, masking, meta, models, optim, registry, stream, types
 
 Config = Any  # an ml_collections.ConfigDict, whose entries have no types to check
 CONFIGS = pathlib.Path(__file__).with_name("configs")
@@ -89,6 +89,8 @@ def known(config: Config, path: tuple[str, ...]) -> dict[str, Any] | None:
   section, depth = path[0], len(path)
   if path[-1] == "optimizer" or (section == "phase_optimizer" and depth == 2):
     return _optimizer_takes(config, path)
+  if path == ("model", "bert"):
+    return dict.fromkeys(bert.SETTINGS)
   if depth > 1 or section == "phase_optimizer":
     return None
   if section in REGISTRIES:

@@ -269,6 +269,8 @@ def make_validator(
   def validate(params, extra):
     return metrics.compute(spec, grid(params, extra)[0, 0], split.label)
 
+  # so that a trainer need not evaluate to know them
+  validate.names = metrics.names(spec)  # pyright: ignore[reportFunctionMemberAccess]
   return validate
 
 

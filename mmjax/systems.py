@@ -100,21 +100,26 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
     collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
 
   Returns:
-    The functions. Where the network has a BERT with a folder, `init` puts its weights in.
+    The functions. Where the network has a BERT, `init` refuses text that it cannot read, and puts
+    the weights of its folder in.
   """
   takes_train = "train" in inspect.signature(type(network).__call__).parameters
 
   def told(train):
     return {"train": train} if takes_train else {}
 
+  encoder: bert_lib.Setup | None = getattr(network, "bert", None)
+
   def init(key, spec):
+    if encoder is not None:
+      encoder.check(spec)
     module = network.clone(num_outputs=spec.num_classes or 1)
     example = types.example_batch(spec)
     variables = dict(jax.jit(lambda key: module.init(key, example, **told(True)))(key))
     params = variables.pop("params")
     if variables.keys() != set(collections):
       raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")
-    return _with_weights(params, getattr(network, "bert", None)), variables
+    return _with_weights(params, encoder), variables
 
   def apply(params, batch, extra, key=None, train=False):
     module = network.clone(num_outputs=_num_outputs(params, head))

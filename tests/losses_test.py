@@ -12,19 +12,12 @@ from jax.test_util import check_grads
 
 from mmjax import losses, types
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared"
+DATA = pathlib.Path(__file__).parent / "data"
 
 
 def draw(*shapes, seed=0):
   rng = np.random.default_rng(seed)
   return [rng.normal(size=shape) for shape in shapes]
-
-
-def recorded(name):
-  path = SHARED / "parity" / f"{name}.npz"
-  if not path.exists():
-    pytest.skip("the recorded arrays of the published code are not at hand")
-  return dict(np.load(path))
 
 
 def check_in_float64(function, *args):
@@ -167,7 +160,7 @@ def test_gradient_of_difference_holds_the_norms_constant():
 
 @pytest.fixture(scope="module")
 def misa():
-  return recorded("misa")
+  return dict(np.load(DATA / "misa.npz"))
 
 
 def test_cmd_equals_the_published_misa(misa):
@@ -195,7 +188,7 @@ def test_reconstruction_and_mse_equal_the_published_misa(misa):
 
 
 def test_info_nce_equals_the_published_mmim():
-  mmim = recorded("mmim")
+  mmim = np.load(DATA / "mmim.npz")
   for m in "tav":
     weight, bias = (mmim[f"param/cpc_z{m}.net.{part}"] for part in ("weight", "bias"))
     predicted = mmim["output/Feature_f"] @ weight.T + bias

@@ -1,5 +1,4 @@
 import functools
-import pathlib
 import re
 
 import chex
@@ -14,7 +13,6 @@ from experiments import parity
 from experiments.parity.goldens import m3s as golden
 from mmjax import layers, masking, meta, optim, registry, types
 
-RECORDED = pathlib.Path(__file__).parents[1].parent / "shared" / "parity" / "m3s.npz"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -602,10 +600,13 @@ def test_the_hessian_mode_is_the_losss_own():
   assert gradient(lambda f: method.wrap(f, key, {}, hessian="symmetric")) == by_mode["mixed"]
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="the recorded files are not here")
-def test_a_file_of_7_support_and_5_query_rows_is_replayed():
+def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared):
   """The recorded 6 + 6 rows cut anew, and the algorithm written out once more for them."""
-  z = {key: value for key, value in parity.read(RECORDED).items() if not key.startswith("f")}
+  z = {
+    key: value
+    for key, value in parity.read(shared("parity/m3s.npz")).items()
+    if not key.startswith("f")
+  }
   for key in [key for key in z if key.startswith(("input/X1", "mask/feat/X1"))]:
     query = z[re.sub(r"X1(_step\d)?", "X2", key)]
     if np.ndim(query):

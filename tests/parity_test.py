@@ -16,10 +16,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from command import ROOT
 from experiments import parity
 from experiments.parity.goldens import misa
 
-ROOT = pathlib.Path(__file__).parents[1]
 RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
 
 
@@ -32,7 +32,6 @@ def precision(quick_compilation):
 # Number of gradients, so that a comparison cannot lose some; mmin.npz is without its variants.
 GRADIENTS = {"misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75}
 # Large files, which are not copied, and large programs: `pytest -m slow`.
-SHARED = ROOT.parent / "shared" / "parity"
 LARGE = {"almt": 222, "cenet": 84, "lnln": 306, "tetfn": 336, "tfr_net": 522}
 
 
@@ -43,11 +42,8 @@ def test_the_published_models(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_the_published_large_models(name):
-  path = SHARED / f"{name}.npz"
-  if not path.exists():
-    pytest.skip(f"{path} is not here")
-  compare_all(path, LARGE[name])
+def test_the_published_large_models(name, shared):
+  compare_all(shared(f"parity/{name}.npz"), LARGE[name])
 
 
 def compare_all(path, gradients):

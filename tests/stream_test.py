@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 
 import toy
-from data_prep import convert
-from mmjax import data, masking, meta, optim, stream, synthetic, train, types
+from mmjax import data, masking, meta, optim, stream, train, types
 
 KEY = jax.random.key(3)
 ROWS = 26
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(convert, tmp_path_factory):
   """The same rows in both formats."""
   folder = tmp_path_factory.mktemp("stream")
-  arrays = synthetic.make_arrays(seed=2, num_train=ROWS, num_valid=4, num_test=4)
-  synthetic.write_pickle(folder / "a.pkl", arrays)
-  convert.convert(folder / "a.pkl", "small", folder)
-  convert.convert(folder / "a.pkl", "records", folder, file_format="array_record")
+  convert(folder, "small", (ROWS, 4, 4), seed=2)
+  convert(folder, "records", (ROWS, 4, 4), seed=2, file_format="array_record")
   return folder
 
 

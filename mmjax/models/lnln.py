@@ -76,7 +76,7 @@ class Lnln(nn.Module):
       paper's (eq. 6): only the discriminator's loss is.
     proxy: which tokens are the proxy: the "generator"'s own (the code's) or the "learned" ones
       that it reads (the paper's H_p, eq. 4).
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1

@@ -32,7 +32,7 @@ class Misa(nn.Module):
     dropout: of the fusion head, before its activation.
     pack: lengths that pack audio and vision. "text" is the published code's: steps beyond
       the text's length are never read, for unaligned data too. "own" reads all valid steps.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1

@@ -109,7 +109,7 @@ class Mmim(nn.Module):
     dropout: of the fusion's input.
     pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
       of the states. With precomputed states [CLS] has read words that are missing now.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1

@@ -52,7 +52,7 @@ class SelfMM(nn.Module):
     head_dropout: of the heads' inputs.
     pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
       of the states. With precomputed states [CLS] has read words that are missing now.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1

@@ -63,7 +63,7 @@ class TfrNet(nn.Module):
     gate_sizes: H of the gated GRUs; `gate_depth` their layers.
     hidden_size: of the head.
     text_dropout, attention_dropout, transformer_dropout, gate_dropout, head_dropout: rates.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
