@@ -204,7 +204,7 @@ def _convert(name: str, given: Any, like: Any) -> Any:
     value = int(value) if right else value
   elif isinstance(like, float):  # a rate may be an interval, a learning rate a schedule
     right, kind = number or isinstance(value, tuple | Mapping), "a number"
-    value = float(given) if number else value
+    value = float(str(value)) if number else value
   elif isinstance(like, tuple):
     right = isinstance(value, tuple) or number or (isinstance(value, str) and value != "")
     kind = "a list, as 1,2"

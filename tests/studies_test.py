@@ -61,7 +61,7 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
 def test_what_a_study_asks_for_is_checked_before_any_work(folder):
   base = ("--dataset=tiny", f"--data_dir={folder / 'data'}", f"--out={folder / 'refused'}")
   for more, told in (
-    (("--feature=feeling",), "has no output 'feeling' (did you mean"),
+    (("--feature=feeling",), "has no output 'feeling'; it has"),
     (("--shown=0,2",), "2"),
     (("--set=method.order=second",), "'spl' has"),
     (("--set=train.select=valid/acc9",), "config.train.select=valid/acc9"),
