@@ -13,6 +13,7 @@ import pytest
 from command import ROOT, call, final, refused, start
 from experiments import workdir
 
+pytestmark = pytest.mark.usefixtures("optimized")
 EPOCHS = 12
 
 

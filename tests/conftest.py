@@ -3,11 +3,13 @@
 import os
 import pathlib
 
-# Before JAX is imported, and for the processes that tests start: strict promotion; and compiled
-# programs, which cost most of the time, are kept for other workers and the next run of pytest.
+# Before JAX is imported, and for the processes that tests start: strict promotion. Compiling costs
+# most of the time, and half of it is optimizing, which tiny shapes do not need; programs are kept
+# for other workers and the next run of pytest.
 PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
@@ -18,11 +20,13 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-  """Tiny shapes: compiling takes all the time, and half of it is optimizing."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+def optimized():
+  """Programs as users get them, in the processes that tests start too."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,7 @@ def test_encoder_layer_is_pytorchs(valid):
   params = imported(module, reference, torch_import.encoder_layer_rules("m", "m"), x)
   ours = jax.jit(module.apply)(params, x, valid)
   kept = valid[..., None]  # what stands on padding differs, and nobody reads it
-  np.testing.assert_allclose(ours * kept, theirs.detach().numpy() * kept, atol=2e-5)
+  np.testing.assert_allclose(np.asarray(ours) * kept, theirs.detach().numpy() * kept, atol=2e-5)
 
 
 def test_initialisers_have_pytorchs_ranges():

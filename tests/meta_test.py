@@ -13,8 +13,6 @@ from experiments import parity
 from experiments.parity.goldens import m3s as golden
 from mmjax import layers, masking, meta, optim, registry, types
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def no_mask(key, batch):
   del key

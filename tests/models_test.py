@@ -91,7 +91,6 @@ NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.
 PACKS_WITH_TEXT = ("misa",)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # XLA compiles this generator several times faster than the default one.
 make_key = functools.partial(jax.random.key, impl="unsafe_rbg")
 ROWS = 5

@@ -24,7 +24,7 @@ RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def precision(quick_compilation):
+def precision():
   yield
   jax.config.update("jax_default_matmul_precision", None)  # the binary raises it
 

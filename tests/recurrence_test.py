@@ -7,7 +7,6 @@ import pytest
 
 from mmjax import recurrence
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, D, H = 4, 3, 5
 
 

@@ -129,7 +129,6 @@ def recipe(streamed):
   )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe):
   def validate(params, extra):
     error = toy.predict(params, streamed.valid, extra)["prediction"] - streamed.valid.label
@@ -156,7 +155,6 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, reci
   chex.assert_trees_all_equal(run(caught[0])[-1].progress, whole[-1].progress)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_streams_of_several_runs_side_by_side(streamed, recipe):
   """Each run reads in the order of its own key."""
   keys, plan = [KEY, jax.random.key(9)], recipe._replace(epochs=1)
