@@ -7,6 +7,7 @@ Every module is a linen module; dropout is on where a "dropout" key is given to 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -83,7 +84,7 @@ class Conv1d(nn.Module):
     steps = x.shape[1] - self.width + 1
     init = self.kernel_init or uniform(1 / math.sqrt(self.width * x.shape[-1]))
     kernel = self.param("kernel", init, (self.width, x.shape[-1], self.features))
-    y = sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width))
+    y: Any = sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width))
     if self.use_bias:
       y = y + _last(self.param("bias", nn.initializers.zeros, (self.features,)), y.ndim)
     return y

@@ -75,7 +75,8 @@ def bilstm(
   """
   if _PLAIN.get():
     found = lstm(x, valid, *forward), lstm(x, valid, *backward, reverse=True)
-    return tuple(zip(*found, strict=True))
+    (forth, forth_end), (back, back_end) = found
+    return (forth, back), (forth_end, back_end)
   # the longest sequence, turned round, begins at once: chunks of padding alone cost nothing
   last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
   turn = lambda a: jnp.roll(a[::-1], last, 0)  # noqa: E731 - its own inverse
@@ -83,7 +84,9 @@ def bilstm(
   weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
   states, final = _run(both, seen, weights, False)
   outputs = states[:, 0], turn(states[:, 1])
-  return tuple(jnp.where(valid[:, :, None], s, 0) for s in outputs), tuple(final)
+  forth, back = (jnp.where(valid[:, :, None], s, 0) for s in outputs)
+  forth_end, back_end = final
+  return (forth, back), (forth_end, back_end)
 
 
 def _run(x, valid, weights, reverse):
@@ -173,7 +176,8 @@ def _forward(x, valid, w, bias, reverse):
   """x [N, T, (G,) B, D] -> (h, c) after each step, [N, T, (G,) B, H], and the final (h, c)."""
 
   def run(carry, inputs):
-    return _scan(carry, *inputs, w, bias, reverse)
+    x, valid = inputs
+    return _scan(carry, x, valid, w, bias, reverse)
 
   def rest(carry, inputs):
     return carry, jax.tree.map(lambda a: jnp.broadcast_to(a, (x.shape[1], *a.shape)), carry)

@@ -105,7 +105,7 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
   """
   takes_train = "train" in inspect.signature(type(network).__call__).parameters
 
-  def told(train):
+  def told(train) -> dict[str, Any]:
     return {"train": train} if takes_train else {}
 
   encoder: bert_lib.Setup | None = getattr(network, "bert", None)

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from scipy import stats
@@ -22,7 +23,7 @@ def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
   """
   frame = pd.DataFrame(rows)
   names = [c for c in frame.columns if c not in (*by, *SEEDS) and frame[c].dtype.kind in "fiu"]
-  groups = frame.groupby(list(by), sort=False)[names]
+  groups: Any = frame.groupby(list(by), sort=False)[names]
   mean, std = groups.mean(), groups.std(ddof=1).fillna(0.0)
   table = mean.join(std.add_suffix("_std"))
   columns = [column for name in names for column in (name, f"{name}_std")]
@@ -47,13 +48,13 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
     for the baseline itself and below two runs).
   """
   frame = pd.DataFrame(rows)
-  runs = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
+  runs: Any = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
   found = []
   for metric in (name for name in runs.columns if name not in SEEDS):
     values = {name: part.to_numpy() for name, part in runs[metric].groupby(by, sort=False)}
     for name, value in values.items():
       enough = name != baseline and min(len(value), len(values[baseline])) > 1
-      test = stats.ttest_ind(value, values[baseline], equal_var=False) if enough else None
+      test: Any = stats.ttest_ind(value, values[baseline], equal_var=False) if enough else None
       found.append(
         {
           "metric": metric,
@@ -107,7 +108,7 @@ def pivot(
     ValueError: if it has a pair twice.
   """
   rows = [rows] if isinstance(rows, str) else list(rows)
-  found = table[[*rows, columns]].assign(cell=readable(table, digits)[metric])
+  found: Any = table[[*rows, columns]].assign(cell=readable(table, digits)[metric])
   matrix = found.set_index([*rows, columns])["cell"].unstack()
   order = found[rows].drop_duplicates()
   matrix = matrix.reindex(pd.MultiIndex.from_frame(order) if len(rows) > 1 else order[rows[0]])

@@ -62,7 +62,9 @@ def make_batch(setting: Setting, rows: int, seed: int = 0) -> types.Batch:
   label = random.uniform(-3, 3, rows).astype(np.float32)
   index = np.arange(rows, dtype=np.int32)
   parts = modality(*text, setting.tokens), *(modality(*shape) for shape in others)
-  return masking.span(0.5)(jax.random.key(1), types.Batch(*parts, label, index, {}))
+  return masking.span(0.5)(
+    jax.random.key(1), types.Batch(*parts, label=label, index=index, info={})
+  )
 
 
 class Case(NamedTuple):

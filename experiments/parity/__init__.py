@@ -59,7 +59,7 @@ def judge(rows: Iterable[goldens.Row], tolerance: float, grad_tolerance: float) 
     allowed = grad_tolerance if group.startswith("grad") else tolerance
     floor = FLOOR * max((np.abs(t).max() for _, _, t in tensors if t.size), default=0)
     errors = {name: _error(ours, theirs, floor) for name, ours, theirs in tensors}
-    where = max(errors, key=errors.get)
+    where = max(errors, key=lambda name: errors[name])
     verdicts.append(Group(group, len(tensors), errors[where], where, errors[where] <= allowed))
   return verdicts
 

@@ -75,7 +75,7 @@ class Tetfn(nn.Module):
       out[f"aligned_{name}"], x[name] = aligned, conv(hidden)
     out |= {f"projected_{name}": value for name, value in x.items()}
 
-    dropout = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
+    dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
     last = []
     for target in types.MODALITIES:
       found = []

@@ -71,7 +71,7 @@ def spec(example: types.Batch, num_train: int | None = None, **kwargs) -> types.
     return types.ModalitySpec(m.x.shape[1], 0 if m.x.ndim == 2 else m.x.shape[2], m.x.ndim == 2)
 
   modalities = (one(getattr(example, name)) for name in types.MODALITIES)
-  return types.Spec(*modalities, num_train or len(example.index), **kwargs)
+  return types.Spec(*modalities, num_train=num_train or len(example.index), **kwargs)
 
 
 def params(
@@ -137,7 +137,7 @@ def compare_rates(z: Arrays, base: float) -> Iterator[Row]:
   """Rows of the learning rates that warm up and decay by the epoch."""
   for key, rates in under(z, "extra/lr_per_epoch_").items():
     epochs, steps = int(key), 7  # any number of steps an epoch
-    schedule = optim.schedule(
+    schedule: Any = optim.schedule(
       {"name": "epoch_warmup_cosine", "peak": base, "epochs": epochs}, epochs * steps
     )
     ours = [schedule(epoch * steps + epoch % steps) for epoch in range(epochs)]
