@@ -5,8 +5,8 @@
 A fault is one changed operator, comparison, number, condition, keyword, statement or call.
 Everything heavy is imported once; each fault then has a forked process, in which the module is
 compiled from a changed syntax tree: the files stay as they are. Docstrings, annotations, assertions
-and what stands in a `raise` are left alone. A survivor wants an assertion, unless it changes nothing that
-anybody could see.
+and what stands in a `raise` are left alone. A survivor wants an assertion, unless it changes
+nothing that anybody could see.
 """
 
 import argparse
