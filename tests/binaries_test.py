@@ -13,7 +13,6 @@ import pytest
 from command import ROOT, call, final, refused, start
 from experiments import workdir
 
-pytestmark = pytest.mark.usefixtures("optimized")
 EPOCHS = 12
 
 
@@ -90,14 +89,15 @@ def test_a_second_signal_aborts_whatever_the_program_does():
     "  os.kill(os.getpid(), signal.SIGINT); print('ready', flush=True)\n"
     "  time.sleep(60)\n"
   )
-  process = subprocess.Popen(
-    [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
-  assert process.stdout is not None
-  lines = [process.stdout.readline(), process.stdout.readline()]
-  assert any("once more to abort" in line for line in lines)
-  process.send_signal(signal.SIGINT)
-  assert process.wait(20) == 128 + signal.SIGINT
+  command = [sys.executable, "-c", code]
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as process:
+    assert process.stdout is not None
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    assert any("once more to abort" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 128 + signal.SIGINT
 
 
 def test_a_folder_of_another_config_is_refused(folder, whole):

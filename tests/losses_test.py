@@ -124,6 +124,8 @@ def test_info_nce_by_hand():
   np.testing.assert_allclose(losses.info_nce(x, y), np.log([2.0, 2.0]), rtol=1e-5)
   blank = x.at[1].set(0)  # a sample whose text is missing altogether
   np.testing.assert_allclose(losses.info_nce(blank, y)[1], np.log(2.0), rtol=1e-5)
+  other = jnp.array([[1.0, 0.0], [1.0, 1.0]])  # no row of which it is nearer to
+  np.testing.assert_allclose(losses.info_nce(blank, other)[1], np.log(2.0), rtol=1e-5)
   gradient = jax.grad(lambda a: losses.info_nce(a, y).sum())(blank)
   np.testing.assert_array_equal(gradient[1], 0)
 

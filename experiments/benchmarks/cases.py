@@ -59,8 +59,8 @@ def make_batch(setting: Setting, rows: int, seed: int = 0) -> types.Batch:
     return types.modality(x, valid)
 
   text, *others = setting.shapes
-  label = random.uniform(-3, 3, rows).astype(np.float32)
-  index = np.arange(rows, dtype=np.int32)
+  label: Any = random.uniform(-3, 3, rows).astype(np.float32)
+  index: Any = np.arange(rows, dtype=np.int32)
   parts = modality(*text, setting.tokens), *(modality(*shape) for shape in others)
   return masking.span(0.5)(
     jax.random.key(1), types.Batch(*parts, label=label, index=index, info={})

@@ -218,7 +218,7 @@ def with_rates(
   return mask
 
 
-def within(bounds: types.Array, u: types.Array) -> types.Array:
+def within(bounds: chex.Array, u: types.Array) -> types.Array:
   """Rates drawn from an interval.
 
   Args:
@@ -232,7 +232,7 @@ def within(bounds: types.Array, u: types.Array) -> types.Array:
   return low + (high - low) * u
 
 
-def intervals(rate: Rate) -> types.Array:
+def intervals(rate: Rate) -> chex.Array:
   """Any form of missing rate as intervals.
 
   Args:
