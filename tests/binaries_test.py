@@ -213,7 +213,7 @@ def blinks(rate=0.5, *, softer: float = 1.0):
 
 
 def patient(mask, *, weight: float = 1.0):
-  return meta.spl(mask)._replace(title="Patient")
+  return meta.METHODS["spl"](mask)._replace(title="Patient")
 """
 CONFIG = """
 from experiments.configs import common
