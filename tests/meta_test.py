@@ -310,7 +310,7 @@ def test_remat_trades_products_for_memory_and_changes_no_gradient(mode):
 
 def test_mixed_mode_keeps_the_gradients_of_a_nonlinear_optimizer():
   """Adam's backward pass reads them: they must not be computed a third time."""
-  sgd, adam = optax.sgd(0.1), optax.adam(0.1, eps_root=1e-8)
+  sgd, adam = (optim.make(name=n, learning_rate=0.1, differentiable=True) for n in ("sgd", "adam"))
   counts = [_products(dict(mode="mixed", inner_optimizer=o))[0] for o in (sgd, adam)]
   assert counts[0] == counts[1]
 
@@ -438,11 +438,11 @@ def test_orig_keeps_its_masks_and_spl_draws_them_afresh():
 @pytest.mark.parametrize("fresh", [False, True])
 def test_support_and_query_are_masked_on_their_own(fresh):
   """The masks of the inner and outer losses, told apart by a value that tells the mask."""
-  weights = np.random.default_rng(0).normal(size=(16, toy.SHAPES["text"][0]))
+  weights = np.random.default_rng(0).normal(size=(16, toy.SHAPES["text"][0])).astype(np.float32)
 
   def loss(params, batch, key, extra):
     del key
-    value = jnp.sum(batch.text.seen[..., 0] * weights)
+    value = jnp.sum(jnp.where(batch.text.seen[..., 0], weights, 0.0))
     return value + params["theta"], types.Aux({"mask": value}, extra)
 
   batch = toy.make_batch(32)
@@ -611,7 +611,8 @@ def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared):
       z[key] = np.concatenate([z[key], query[:1]])
   for key in [key for key in z if key.startswith(("input/X2", "mask/feat/X2"))]:
     z[key] = z[key][1:] if np.ndim(z[key]) else z[key]
-  with jax.enable_x64(True):
+  # the recorded arrays mix precisions
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     params = golden._params(z, np.float64)
     loss = golden._loss_of("feat")
 
