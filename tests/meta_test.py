@@ -656,7 +656,8 @@ def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared):
       found[f"after_sgd_{order}"] = theta - 0.05 * grads
       found[f"after_adam_{order}"] = theta - 1e-3 * grads / (abs(grads) + 1e-8)
     z.update({f"f64/feat/K2_freshmask/{key}": np.asarray(found[key]) for key in found})
-  compared = list(golden.compare(z))
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    compared = list(golden.compare(z))
   assert len(compared) == 9
   for _, name, ours, recorded in compared:
     np.testing.assert_allclose(ours, recorded, rtol=1e-7, atol=1e-10, err_msg=name)
