@@ -41,6 +41,7 @@ SETTINGS = {
     bert=BERT,
   ),
   "cenet": dict(bert=BERT),
+  "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
     size=4,
     tokens=2,
@@ -62,6 +63,7 @@ SETTINGS = {
     batch_norm=True,
     bert=BERT,
   ),
+  "mult": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), bert=BERT),
   "self_mm": dict(
     lstm_sizes=(3, 4),
     out_sizes=(3, 4),
@@ -72,6 +74,7 @@ SETTINGS = {
   "tetfn": dict(
     size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
   ),
+  "tfn": dict(hidden_sizes=(4, 3, 2), text_size=3, fusion_size=4, bert=BERT),
   "tfr_net": dict(
     size=4,
     heads=2,
@@ -85,7 +88,7 @@ SETTINGS = {
   ),
 }
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn", "tfr_net")
+READS_PADDING = ("almt", "cenet", "lmf", "lnln", "mmin", "mult", "tetfn", "tfn", "tfr_net")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.
@@ -164,7 +167,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "lnln", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "lnln", "mult", "tetfn", "tfr_net")
 
 
 def all_cases():

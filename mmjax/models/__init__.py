@@ -4,7 +4,20 @@ import importlib
 from typing import Any
 
 from mmjax import registry, torch_import, types
-from mmjax.models import almt, cenet, lmf, lnln, misa, mmim, mmin, self_mm, tetfn, tfn, tfr_net
+from mmjax.models import (
+  almt,
+  cenet,
+  lmf,
+  lnln,
+  misa,
+  mmim,
+  mmin,
+  mult,
+  self_mm,
+  tetfn,
+  tfn,
+  tfr_net,
+)
 
 MODELS = {
   "almt": almt.make,
@@ -14,6 +27,7 @@ MODELS = {
   "misa": misa.make,
   "mmim": mmim.make,
   "mmin": mmin.make,
+  "mult": mult.make,
   "self_mm": self_mm.make,
   "tetfn": tetfn.make,
   "tfn": tfn.make,
