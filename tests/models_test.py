@@ -41,6 +41,7 @@ SETTINGS = {
     bert=BERT,
   ),
   "cenet": dict(bert=BERT),
+  "dmd": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), graph_sizes=(3, 2), bert=BERT),
   "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
     size=4,
@@ -88,7 +89,7 @@ SETTINGS = {
   ),
 }
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "lmf", "lnln", "mmin", "mult", "tetfn", "tfn", "tfr_net")
+READS_PADDING = ("almt", "cenet", "dmd", "lmf", "lnln", "mmin", "mult", "tetfn", "tfn", "tfr_net")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.
@@ -167,7 +168,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "lnln", "mult", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
 
 
 def all_cases():

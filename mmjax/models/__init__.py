@@ -7,6 +7,7 @@ from mmjax import registry, torch_import, types
 from mmjax.models import (
   almt,
   cenet,
+  dmd,
   lmf,
   lnln,
   misa,
@@ -22,6 +23,7 @@ from mmjax.models import (
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "dmd": dmd.make,
   "lmf": lmf.make,
   "lnln": lnln.make,
   "misa": misa.make,

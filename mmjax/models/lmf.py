@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib

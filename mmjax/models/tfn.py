@@ -47,9 +47,7 @@ class TextSubnet(nn.Module):
     return layers.Dense(self.features, name="linear_1")(final)
 
 
-def encode(
-  network: nn.Module, batch: types.Batch, train: bool, text_size: int
-) -> dict[str, Array]:
+def encode(network: nn.Module, batch: types.Batch, train: bool, text_size: int) -> dict[str, Array]:
   """The vectors of the modalities, by their names, as TFN and LMF have them.
 
   To be called inside of a network with settings `hidden_sizes`, `input_dropout` and `bert`.

@@ -37,7 +37,9 @@ def compare_subnets(
   yield from goldens.compare_outputs(z, named)
   yield from goldens.compare_loss(z, rules, loss, params, batch, extra)
   yield from _compare_training(z, system, network, rules, head, params, batch, extra)
-  yield from _compare_steps(z, loss, rules, optimizer, system.phases[0].trains, params, batch, extra)
+  yield from _compare_steps(
+    z, loss, rules, optimizer, system.phases[0].trains, params, batch, extra
+  )
 
 
 def _compare_training(z, system, network, rules, head, params, batch, extra):
