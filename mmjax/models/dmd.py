@@ -58,6 +58,7 @@ class Dmd(nn.Module):
     heads: of all Transformers; they divide D.
     depth: layers of the Transformers; the memory's have at least 3.
     kernel_sizes: of the convolutions over text, audio, vision; each shortens its sequence.
+    causal: as in `mult.Mult`.
     graph_sizes: width of the homogeneous and of the heterogeneous graph.
     text_dropout: of the text's states.
     attention_dropout: where the source is text, audio, vision; the first is the memory's too.
@@ -71,6 +72,7 @@ class Dmd(nn.Module):
   heads: int = 10
   depth: int = 4
   kernel_sizes: Sequence[int] = (5, 5, 5)
+  causal: bool = True
   graph_sizes: Sequence[int] = (64, 32)
   text_dropout: float = 0.5
   attention_dropout: Sequence[float] = (0.3, 0.2, 0.0)

@@ -78,6 +78,7 @@ def transformer(
     network.relu_dropout,
     network.residual_dropout,
     network.embedding_dropout,
+    causal=network.causal,
     positions=positions,
     xavier=True,
     name=name,
@@ -93,7 +94,7 @@ def exchange(
 ) -> dict[str, Array]:
   """What each target finds in the two other modalities.
 
-  To be called inside of a network with settings `heads`, `depth` and the dropouts of `Mult`.
+  To be called inside of a network with settings `heads`, `depth`, `causal` and the dropouts of `Mult`.
 
   Args:
     network: that.
@@ -138,6 +139,7 @@ class Mult(nn.Module):
     heads: of all Transformers; they divide D.
     depth: layers of the crossmodal Transformers; the memory's have at least 3.
     kernel_sizes: of the convolutions over text, audio, vision; each shortens its sequence.
+    causal: whether no step sees later ones; beside a longer sequence, by as much as it is longer.
     positions: whether the Transformers add sinusoids, as the authors' do; MMSA's have none.
     targets: the modalities whose vectors predict. The authors' "lonly" is ("text",).
     text_dropout: of the text's states.
@@ -152,6 +154,7 @@ class Mult(nn.Module):
   heads: int = 10
   depth: int = 4
   kernel_sizes: Sequence[int] = (5, 5, 5)
+  causal: bool = True
   positions: bool = False
   targets: Sequence[str] = types.MODALITIES
   text_dropout: float = 0.5

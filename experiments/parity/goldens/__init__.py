@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mmjax import optim, torch_import, types
 
@@ -178,6 +179,26 @@ def compare_tree(
   ours = torch_import.to_torch(tree, {k: v.shape for k, v in recorded.items()}, rules)
   for name, value in ours.items():
     yield group, name, value, recorded[name]
+
+
+def compare_accumulation(
+  z: Arrays, rules: torch_import.Rules, weights: types.Params
+) -> Iterator[Row]:
+  """Rows of Adam's step after two equal batches, whose sum is clipped by value after each."""
+  settings = config(z)
+  rate, clip = settings["learning_rate"], settings["grad_clip"]
+  grads = torch_import.from_torch(weights, under(z, "grad/"), rules)
+  for name, learning_rate, start, prefix in (
+    ("adam", rate, weights, "extra/after_step/"),
+    ("sgd", -1.0, jax.tree.map(jnp.zeros_like, weights), "extra/accumulated_clipped_grad/"),
+  ):
+    recorded = {k: v for k, v in under(z, prefix).items() if k != "losses"}
+    optimizer = optim.make(name=name, learning_rate=learning_rate, clip_value=clip, accumulate=2)
+    state, params = optimizer.init(start), start
+    for _ in range(2):
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    yield from compare_tree("extra", params, recorded, rules)
 
 
 def compare_rates(z: Arrays, base: float) -> Iterator[Row]:

@@ -16,12 +16,11 @@ ONLY = {"text": "lonly", "audio": "aonly", "vision": "vonly"}
 def settings_of(config):
   """The settings that MulT and DMD have in common."""
   size, heads = config["dst_feature_dim_nheads"]
-  if not config["attn_mask"]:
-    raise ValueError("attn_mask is off; only causal attention is here.")
   return dict(
     size=size,
     heads=heads,
     depth=config["nlevels"],
+    causal=config["attn_mask"],
     kernel_sizes=tuple(config[f"conv1d_kernel_size_{m}"] for m in "lav"),
   )
 
@@ -58,3 +57,5 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   yield from goldens.compare_outputs(z, named)
   yield from compare_middle(z, out)
   yield from goldens.compare_loss(z, rules, system.loss, params, batch, {})
+  if not original:
+    yield from goldens.compare_accumulation(z, rules, params)
