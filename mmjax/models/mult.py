@@ -94,7 +94,7 @@ def exchange(
 ) -> dict[str, Array]:
   """What each target finds in the two other modalities.
 
-  To be called inside of a network with settings `heads`, `depth`, `causal` and the dropouts of `Mult`.
+  To be called inside of a network with the settings of `Mult` that its Transformers read.
 
   Args:
     network: that.
