@@ -383,15 +383,15 @@ def make(
     steps.append(_call("schedule", "plateau", reduce_on_plateau, plateau))
   optimizer = optax.chain(*steps)
   if accumulate > 1:  # PyTorch adds the gradients of several backward passes up
+    limit = float("inf") if clip_value is None else clip_value
     multi = optax.MultiSteps(optimizer, accumulate, use_grad_mean=False)
 
+    def clipped(added, done):  # the sum, as PyTorch does it after every backward pass
+      return jnp.clip(done + added, -limit, limit) - done
+
     def update(updates, state, params=None, **extra_args):
-      if clip_value is not None:  # as PyTorch does it after every backward pass
-        updates = jax.tree.map(
-          lambda g, done: jnp.clip(done + g, -clip_value, clip_value) - done,
-          updates,
-          state.acc_grads,
-        )
+      if clip_value is not None:
+        updates = jax.tree.map(clipped, updates, state.acc_grads)
       return multi.update(updates, state, params, **extra_args)
 
     optimizer = optax.GradientTransformationExtraArgs(multi.init, update)

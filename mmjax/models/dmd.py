@@ -194,13 +194,18 @@ def distillation(out: Mapping[str, Array], kind: str) -> dict[str, Array]:
   def opposed(pair, weight):
     return weight.mean() * positive_cosine(*pair)
 
-  terms = {"reg": ((edges.mean(1) - prior) ** 2).sum(), "logit": 0.0, "repr": 0.0}
-  for n, (j, i) in enumerate(EDGES):
-    weight = edges[n] + prior[n]
-    pairs = ((x[j], jax.lax.stop_gradient(x[i])) for x in (scores, representations))
-    terms["logit"] += l1(next(pairs), weight)
-    terms["repr"] += (l1 if kind == "homo" else opposed)(next(pairs), weight)
-  return terms
+  def over_edges(distance, x):
+    terms = [
+      distance((x[j], jax.lax.stop_gradient(x[i])), edges[n] + prior[n])
+      for n, (j, i) in enumerate(EDGES)
+    ]
+    return jnp.stack(terms).sum()
+
+  return {
+    "reg": ((edges.mean(1) - prior) ** 2).sum(),
+    "logit": over_edges(l1, scores),
+    "repr": over_edges(l1 if kind == "homo" else opposed, representations),
+  }
 
 
 def loss_parts(out: Mapping[str, Array], label: Array, cosine: str = "batch") -> dict[str, Array]:
@@ -219,7 +224,8 @@ def loss_parts(out: Mapping[str, Array], label: Array, cosine: str = "batch") ->
     parts[f"cycle/{name}"] = losses.reconstruction(out[f"cycle_{name}"], private)
     parts[f"ort/{name}"] = positive_cosine(private, shared, axis)
   for total in ("task", "recon", "cycle", "ort"):
-    parts[total] = sum(value for key, value in parts.items() if key.startswith(f"{total}/"))
+    summands = [value for key, value in parts.items() if key.startswith(f"{total}/")]
+    parts[total] = jnp.stack(summands).sum()
   aligned = jnp.concatenate([out[f"aligned_{name}"] for name in ORDER])
   parts["margin"] = margin_loss(aligned, jnp.concatenate([label] * len(ORDER)))
   for kind in GRAPHS:

@@ -56,14 +56,15 @@ class Lmf(nn.Module):
   @nn.compact
   def __call__(self, batch: types.Batch, train: bool) -> dict[str, Array]:
     out = tfn.encode(self, batch, train, self.hidden_sizes[0] // 2)
-    product = 1.0
+    products = []
     for name in types.MODALITIES:
       x = tfn.with_one(out[name])
       shape = (self.rank, x.shape[1], self.num_outputs)
       # PyTorch's xavier_normal_ of such a shape
       std = math.sqrt(2 / ((shape[0] + shape[1]) * shape[2]))
       factor = self.param(f"{name}_factor", _normal(std), shape)
-      product = product * jnp.einsum("bd,rdc->rbc", x, factor)
+      products.append(jnp.einsum("bd,rdc->rbc", x, factor))
+    product = products[0] * products[1] * products[2]
     scores = Fusion(name="fusion")(product)
     feature = jnp.swapaxes(product, 0, 1).reshape(len(scores), -1)
     return {**out, "feature": feature, "prediction": layers.prediction(scores)}

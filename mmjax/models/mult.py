@@ -70,11 +70,10 @@ def transformer(
   network: Any, name: str, depth: int, source: str, *, positions: bool
 ) -> crossmodal.CrossmodalTransformer:
   """The Transformer `name` of a network; `source` tells its attention's dropout."""
-  dropout = dict(zip(types.MODALITIES, network.attention_dropout, strict=True))
   return crossmodal.CrossmodalTransformer(
     network.heads,
     depth,
-    dropout[source],
+    network.attention_dropout[types.MODALITIES.index(source)],
     network.relu_dropout,
     network.residual_dropout,
     network.embedding_dropout,

@@ -47,8 +47,8 @@ def each_case(compare: Callable[[Arrays], Iterator[Row]]) -> Callable[[Arrays], 
     names = sorted({key.split("/")[1] for key in z if key.startswith("case/")})
     yield from compare({key: z[key] for key in z if not key.startswith("case/")})
     for name in names:
-      for group, *row in compare(under(z, f"case/{name}/")):
-        yield f"{group} {name}", *row
+      for group, tensor, ours, theirs in compare(under(z, f"case/{name}/")):
+        yield f"{group} {name}", tensor, ours, theirs
 
   return compare_all
 

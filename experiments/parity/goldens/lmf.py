@@ -1,6 +1,7 @@
 """Compares LMF with a recorded MMSA run, batch norm in training and two steps of Adam included."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from experiments.parity import goldens
 from experiments.parity.goldens import tfn
@@ -11,7 +12,7 @@ from mmjax.models import lmf
 def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   """Yields outputs, loss and gradients, and what the file has of training."""
   config = goldens.config(z)
-  settings = dict(
+  settings: dict[str, Any] = dict(
     hidden_sizes=tuple(config["hidden_dims"]),
     rank=config["rank"],
     input_dropout=tuple(config["dropouts"][:2]),

@@ -86,7 +86,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   """Yields outputs, loss and gradients, and what the file has of training."""
   config = goldens.config(z)
   audio, vision, _, fusion = config["dropouts"]
-  settings = dict(
+  settings: dict[str, Any] = dict(
     hidden_sizes=tuple(config["hidden_dims"]),
     text_size=config["text_out"],
     fusion_size=config["post_fusion_dim"],
