@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from mmjax import masking, models, optim, torch_import, types
+from mmjax.models import dmd
 
 BERT = dict(
   vocab_size=110,
@@ -419,3 +420,17 @@ def test_misa_packs_with_the_lengths_that_it_is_told():
     assert bool((ours == theirs).all()) is same
   with pytest.raises(ValueError, match="pack"):
     models.MODELS["misa"](pack="mine")
+
+
+@pytest.mark.parametrize(
+  ("label", "expected"),
+  [
+    ([0.0, 0.0, 2.0], 0.8),  # the mean of max(0, 0.3 - 0 + 1) and max(0, 0.3 - 0 + 0)
+    ([0, 0, 2], 0.65),  # classes differ by 1: 0.15 in the place of 0.3
+    ([0.0, 1.0, 2.0], 0.0),  # nobody has a partner
+    ([1.0, 1.0, 1.0], 0.0),  # nobody has an opponent
+  ],
+)
+def test_dmds_margin_grows_with_the_distance_of_labels(label, expected):
+  feature = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+  np.testing.assert_allclose(dmd.margin_loss(feature, jnp.array(label)), expected, rtol=1e-6)

@@ -269,8 +269,8 @@ def make(
     parts = loss_parts(out, batch.label, cosine)
     shown = {name: parts[name] for name in ("task", "recon", "cycle", "ort", "margin")}
     for kind, weights in graph_weights.items():
-      terms = zip(weights, ("reg", "logit", "repr"), strict=True)
-      shown[kind] = graph_weight * sum(w * parts[f"{kind}/{term}"] for w, term in terms)
+      terms = jnp.stack([parts[f"{kind}/{term}"] for term in ("reg", "logit", "repr")])
+      shown[kind] = graph_weight * (jnp.asarray(weights, terms.dtype) * terms).sum()
     decoupling = parts["cycle"] + parts["recon"] + margin_weight * (parts["margin"] + parts["ort"])
     total = parts["task"] + shown["homo"] + shown["hetero"] + decoupling_weight * decoupling
     return total, types.Aux(shown, extra)
