@@ -181,24 +181,25 @@ def compare_tree(
     yield group, name, value, recorded[name]
 
 
-def compare_accumulation(
-  z: Arrays, rules: torch_import.Rules, weights: types.Params
-) -> Iterator[Row]:
+def compare_accumulation(z: Arrays) -> Iterator[Row]:
   """Rows of Adam's step after two equal batches, whose sum is clipped by value after each."""
   settings = config(z)
-  rate, clip = settings["learning_rate"], settings["grad_clip"]
-  grads = torch_import.from_torch(weights, under(z, "grad/"), rules)
-  for name, learning_rate, start, prefix in (
-    ("adam", rate, weights, "extra/after_step/"),
-    ("sgd", -1.0, jax.tree.map(jnp.zeros_like, weights), "extra/accumulated_clipped_grad/"),
+  for name, rate, prefix in (
+    ("adam", settings["learning_rate"], "extra/after_step/"),
+    ("sgd", -1.0, "extra/accumulated_clipped_grad/"),  # from 0, a step of the sum itself
   ):
     recorded = {k: v for k, v in under(z, prefix).items() if k != "losses"}
-    optimizer = optim.make(name=name, learning_rate=learning_rate, clip_value=clip, accumulate=2)
-    state, params = optimizer.init(start), start
+    params = {k: jnp.asarray(z[f"param/{k}"]) * float(name == "adam") for k in recorded}
+    grads = {k: jnp.asarray(z[f"grad/{k}"]) for k in recorded}
+    optimizer = optim.make(
+      name=name, learning_rate=rate, clip_value=settings["grad_clip"], accumulate=2
+    )
+    state = optimizer.init(params)
     for _ in range(2):
       updates, state = optimizer.update(grads, state, params)
       params = optax.apply_updates(params, updates)
-    yield from compare_tree("extra", params, recorded, rules)
+    for key, value in recorded.items():
+      yield "extra", prefix.split("/")[1] + "/" + key, params[key], value
 
 
 def compare_rates(z: Arrays, base: float) -> Iterator[Row]:

@@ -58,4 +58,4 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   yield from compare_middle(z, out)
   yield from goldens.compare_loss(z, rules, system.loss, params, batch, {})
   if not original:
-    yield from goldens.compare_accumulation(z, rules, params)
+    yield from goldens.compare_accumulation(z)
