@@ -237,10 +237,12 @@ class MultiHeadAttention(nn.Module):
   Attributes:
     heads: number of heads; they split D.
     dropout: of the attention weights.
+    out_init: of the output's kernel; U(±1/√D) by default.
   """
 
   heads: int
   dropout: float = 0.0
+  out_init: Callable | None = None
 
   @nn.compact
   def __call__(
@@ -287,7 +289,8 @@ class MultiHeadAttention(nn.Module):
     weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
     y = jnp.einsum("bnlm,bnmc->bnlc", weights, v)
     y = y.swapaxes(1, 2).reshape(*query.shape)
-    out_kernel = self.param("out_kernel", uniform(1 / math.sqrt(width)), (width, width))
+    out_init = self.out_init or uniform(1 / math.sqrt(width))
+    out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
     return y @ out_kernel + _last(out_bias, 3)
 

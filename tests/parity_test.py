@@ -30,9 +30,17 @@ def precision():
 
 
 # Number of gradients, so that a comparison cannot lose some; mmin.npz is without its variants.
-GRADIENTS = {"misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75}
+GRADIENTS = {"lmf": 27, "misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75, "tfn": 30}
 # Large files, which are not copied, and large programs: `pytest -m slow`.
-LARGE = {"almt": 222, "cenet": 84, "lnln": 306, "tetfn": 336, "tfr_net": 522}
+LARGE = {
+  "almt": 222,
+  "cenet": 84,
+  "dmd": 330,
+  "lnln": 306,
+  "mult": 207,
+  "tetfn": 336,
+  "tfr_net": 522,
+}
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
