@@ -1,28 +1,28 @@
 """A whole LSTM as one kernel, for accelerators: forward, backward, and the tangents of both.
 
-On a GPU the loop over the steps launches several kernels a step, which takes longer than what they
-compute; on a TPU it starves the matrix unit. Here a Pallas kernel holds the loop. What does not
-wait for the step before it stays outside, as one product for all steps: the gates' share of x
+On a GPU a loop over the steps launches several kernels a step, which takes longer than what they
+compute; on a TPU it starves the matrix unit. Here the loop is inside of a Pallas kernel. What does
+not wait for the step before it stays outside, as one product for all steps: the gates' share of x
 before the loop, the gradients of x and of the weights after it.
 
 `sweep` runs any step function over a sequence:
 
   grid       (directions, tiles of rows, chunks of steps); `jax.vmap` adds axes of its own, for
              seeds and tasks.
-  carry      in registers. Between chunks of steps, on a TPU, in scratch memory: its grid runs in
-             order. On a GPU there is one chunk.
+  carry      in registers. A TPU's grid runs in order: from one chunk of steps to the next the carry
+             waits in scratch memory. On a GPU there is one chunk.
   weights    loaded once, before the loop.
-  inputs and outputs   [L, G, planes, B, H], a plane being one array of the step (a gate, a state).
-             On a GPU they stay in global memory and each step loads its own planes; on a TPU a chunk
-             of them lies in VMEM, and the next is fetched meanwhile.
+  inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
+             GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
+             them lies in VMEM, and the next is fetched meanwhile.
 
-Triton takes products of at least 16 and powers of two: B is padded to tiles and H to a power of
-two. A tile is as small as that on a GPU, since a batch's tiles run side by side and none waits for
-another; on a TPU, whose grid runs one tile after another, it is as large as VMEM allows.
+Triton takes products of at least 16 and powers of two: B is padded to whole tiles and, by zeros in
+the weights, H to a power of two. A tile is that small on a GPU, since tiles run side by side and
+none waits for another; on a TPU, whose grid runs in order, it is as large as VMEM allows.
 
 The derivative of a sweep in forward mode is a sweep, of the step's tangents. In reverse mode it is
 that of a `lax.scan` of the same step: only second-order gradients that are not in mixed mode ask
-for it (`backward` below is the first-order gradient, a sweep too).
+for it (`backward`, the first-order gradient, is a sweep of its own).
 """
 
 import functools
@@ -36,14 +36,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 Array = jax.Array
-Planes = tuple[Array, ...]  # of shape [B, H] or [H, H] each
+Planes = tuple[Array, ...]
 
-PADDING = -1e30  # in place of a gate's sum: the step keeps the state of this entry
-LEAST = 16  # rows and columns of a product
-VMEM_BYTES = 10 * 2**20  # for blocks, of the 16 MiB that a TPU's compiler grants a kernel
-LANES = 128
 TARGETS = ("cuda", "tpu")
-WIDEST = 256  # H whose weights a multiprocessor's registers, shared memory and L1 still hold
+PADDING = -1e30  # in place of a gate's sum: this entry keeps its state
+LEAST = 16  # rows and columns of a product
+WIDEST = 256  # H whose weights are still resident somewhere near: registers, shared memory, L1
+LANES = 128
+VMEM_BYTES = 10 * 2**20  # for blocks, of the 16 MiB that a TPU's compiler grants a kernel
 
 
 def fits(w: Array) -> bool:
@@ -55,10 +55,10 @@ class Sweep(NamedTuple):
   """What a kernel runs.
 
   Attributes:
-    step: (weights, carry, inputs) -> (carry, outputs): lists of `Planes`, but for the carry, which
-      is one `Planes`.
-    carry: number of planes that a step hands on; zeros at first.
-    outputs: number of planes of each output, and its dtype.
+    step: (weights, carry, inputs) -> (carry, outputs): lists of `Planes`, [H, H] each of the
+      weights and [B, H] each of the others; the carry is one `Planes`.
+    carry: the number of planes that a step hands on; zeros at first.
+    outputs: of each output, the number of planes and the dtype.
     backwards: of each direction G, whether it runs from the last step to the first.
     chunk: steps of a TPU's block; it divides L.
     target: "cuda" or "tpu", whose blocks and compiler are used.
@@ -80,48 +80,48 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
 
   Args:
     how: see there.
-    weights: [G, planes, H, H] each.
-    inputs: [L, G, planes, B, H] each; the first one's dtype is the carry's.
+    weights: [G, H, planes * H] each.
+    inputs: [G, L, B, planes * H] each; the first one's dtype is the carry's.
 
   Returns:
-    The outputs, [L, G, planes, B, H] each.
+    The outputs, [G, L, B, planes * H] each.
   """
-  steps, directions, _, rows, width = inputs[0].shape
+  directions, steps, rows, _ = inputs[0].shape
+  width, dtype = weights[0].shape[1], inputs[0].dtype
   tile = _tile(how, inputs, rows, width)
   size = how.chunk if how.target == "tpu" else steps
   chunks = steps // size
-  both = len(how.backwards) == 2
-  backwards = lambda g: (g == 0) == how.backwards[0] if both else how.backwards[0]  # noqa: E731
 
-  def chunk(direction, n):
-    return jnp.where(backwards(direction), chunks - 1 - n, n)
-
-  def whole(planes):
-    return pl.BlockSpec((None, planes, width, width), lambda g, b, n: (g, 0, 0, 0))
+  def backwards(direction):
+    one, *other = how.backwards
+    return jnp.where(direction == 0, one, other[0]) if other else one
 
   def by_step(planes):
-    index = lambda g, b, n: (chunk(g, n), g, 0, b, 0)  # noqa: E731
-    return pl.BlockSpec((size, None, planes, tile, width), index)
+    def index(direction, row, n):
+      return direction, jnp.where(backwards(direction), chunks - 1 - n, n), row, 0
+
+    return pl.BlockSpec((None, size, tile, planes), index)
+
+  def whole(planes):
+    return pl.BlockSpec((None, width, planes), lambda direction, row, n: (direction, 0, 0))
 
   def kernel(*refs):
     refs = iter(refs)
-    take = lambda n: [next(refs) for _ in range(n)]  # noqa: E731
-    w_refs, in_refs, out_refs, kept = (
-      take(n) for n in (len(weights), len(inputs), len(how.outputs), how.carry * (chunks > 1))
-    )
+    numbers = len(weights), len(inputs), len(how.outputs), how.carry if chunks > 1 else 0
+    w_refs, in_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
     turned = backwards(pl.program_id(0))
-    loaded = [tuple(ref[q] for q in range(ref.shape[0])) for ref in w_refs]
+    loaded = [tuple(ref[:, part] for part in _parts(ref.shape[1], width)) for ref in w_refs]
 
     def body(k, carry):
       t = jnp.where(turned, size - 1 - k, k)
-      now = [tuple(ref[t, q] for q in range(ref.shape[1])) for ref in in_refs]
+      now = [tuple(ref[t, :, part] for part in _parts(ref.shape[2], width)) for ref in in_refs]
       carry, outputs = how.step(loaded, carry, now)
       for ref, planes in zip(out_refs, outputs, strict=True):
-        for q, plane in enumerate(planes):
-          ref[t, q] = plane.astype(ref.dtype)
+        for part, plane in zip(_parts(ref.shape[2], width), planes, strict=True):
+          ref[t, :, part] = plane.astype(ref.dtype)
       return carry
 
-    zero = jnp.zeros((tile, width), inputs[0].dtype)
+    zero = jnp.zeros((tile, width), dtype)
     carry = (zero,) * how.carry
     if kept:
       carry = tuple(jnp.where(pl.program_id(2) == 0, zero, ref[...]) for ref in kept)
@@ -129,17 +129,16 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
     for ref, last in zip(kept, carry, strict=False):
       ref[...] = last
 
-  scratch = [pltpu.VMEM((tile, width), inputs[0].dtype)] * (how.carry * (chunks > 1))
   run = pl.pallas_call(
     kernel,
     grid=(directions, rows // tile, chunks),
-    in_specs=[whole(w.shape[1]) for w in weights] + [by_step(x.shape[2]) for x in inputs],
-    out_specs=[by_step(planes) for planes, _ in how.outputs],
+    in_specs=[whole(w.shape[-1]) for w in weights] + [by_step(x.shape[-1]) for x in inputs],
+    out_specs=[by_step(planes * width) for planes, _ in how.outputs],
     out_shape=[
-      jax.ShapeDtypeStruct((steps, directions, planes, rows, width), dtype)
+      jax.ShapeDtypeStruct((directions, steps, rows, planes * width), dtype)
       for planes, dtype in how.outputs
     ],
-    scratch_shapes=scratch,
+    scratch_shapes=[pltpu.VMEM((tile, width), dtype)] * (how.carry if chunks > 1 else 0),
     compiler_params=_compiler_params(how),
     interpret=how.interpret,
     name=how.step.__name__,
@@ -147,12 +146,17 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
   return tuple(run(*weights, *inputs))
 
 
+def _parts(size, width):
+  """Where the planes are on an axis of that size."""
+  return [slice(start, start + width) for start in range(0, size, width)]
+
+
 def _tile(how, inputs, rows, width):
-  """Rows of a block: see the top."""
+  """Rows of a block."""
   if how.target != "tpu":
     return LEAST
-  planes = sum(x.shape[2] for x in inputs) + sum(n for n, _ in how.outputs)
-  row = 2 * planes * how.chunk * max(width, LANES) * 4  # twice: one block comes as one is used
+  columns = [x.shape[-1] for x in inputs] + [planes * width for planes, _ in how.outputs]
+  row = 2 * how.chunk * sum(-(-n // LANES) * LANES for n in columns) * 4  # 2: the next block comes
   tile = LEAST
   while rows % (2 * tile) == 0 and 2 * tile * row <= VMEM_BYTES:
     tile *= 2
@@ -167,22 +171,22 @@ def _compiler_params(how):
 
 def loop(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
   """What `sweep` computes, as a `lax.scan`."""
-  split = lambda a: tuple(a[q] for q in range(a.shape[0]))  # noqa: E731
+  width = weights[0].shape[1]
+  split = lambda a: tuple(a[:, part] for part in _parts(a.shape[1], width))  # noqa: E731
 
   def run(g, backwards):
     own = [split(w[g]) for w in weights]
 
     def step(carry, now):
       carry, outputs = how.step(own, carry, [split(x) for x in now])
-      stacked = [jnp.stack(planes) for planes in outputs]
-      return carry, [a.astype(dtype) for a, (_, dtype) in zip(stacked, how.outputs, strict=True)]
+      joined = [jnp.concatenate(planes, -1) for planes in outputs]
+      return carry, [a.astype(dtype) for a, (_, dtype) in zip(joined, how.outputs, strict=True)]
 
-    zero = jnp.zeros(inputs[0].shape[-2:], inputs[0].dtype)
-    rows = [x[:, g] for x in inputs]
-    return jax.lax.scan(step, (zero,) * how.carry, rows, reverse=backwards)[1]
+    zero = jnp.zeros((inputs[0].shape[2], width), inputs[0].dtype)
+    return jax.lax.scan(step, (zero,) * how.carry, [x[g] for x in inputs], reverse=backwards)[1]
 
   found = [run(g, backwards) for g, backwards in enumerate(how.backwards)]
-  return tuple(jnp.stack(parts, 1) for parts in zip(*found, strict=True))
+  return tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
 
 
 def _tangent(how: Sweep) -> Sweep:
@@ -192,12 +196,12 @@ def _tangent(how: Sweep) -> Sweep:
     middle = len(parts) // 2
     return parts[:middle], parts[middle:]
 
+  @functools.wraps(how.step)
   def step(weights, carry, inputs):
     (w, d_w), (s, d_s), (x, d_x) = map(half, (weights, carry, inputs))
     (s, _), (d_s, outputs) = jax.jvp(how.step, (w, s, x), (d_w, d_s, d_x))
     return (*s, *d_s), outputs
 
-  step.__name__ = f"{how.step.__name__}_tangent"
   return how._replace(step=step, carry=2 * how.carry)
 
 
@@ -218,12 +222,11 @@ def _sweep_jvp(how, primals, tangents):
 def _linear(run: Callable, same: Callable, x: Any) -> Any:
   """`run(x)`, transposed as `same`, which computes the same linear function.
 
-  JAX's one primitive that lets a linear function have a transpose of its own, under `vmap` too, is
-  the linear solver: [x, y] with y - f(x) = 0 solves the system that `apply` states.
+  JAX's one public primitive that has a transpose of one's own, under `vmap` too, is the linear
+  solver: [x, y] with y = f(x) solves the system x = b, y - f(x) = 0.
   """
-  shapes = jax.eval_shape(same, x)
-  nothing = jax.tree.leaves(x)[0].ravel()[0]  # zeros that are linear in x, as transposing demands
-  zeros = jax.tree.map(lambda a: jnp.where(jnp.zeros(a.shape, bool), nothing.astype(a.dtype), 0), shapes)
+  linear_zero = lambda a: jnp.where(False, jax.tree.leaves(x)[0].ravel()[0], 0).astype(a.dtype)  # noqa: E731
+  zeros = jax.tree.map(lambda a: jnp.broadcast_to(linear_zero(a), a.shape), jax.eval_shape(same, x))
   add = functools.partial(jax.tree.map, jnp.add)
 
   def apply(both):
@@ -246,16 +249,17 @@ def _act(gates: Planes) -> Planes:
   return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
 
 
-def _times(a: Array, w: Array) -> Array:
-  """a @ w in the dtype of the weights, summed up in that of a."""
-  return jnp.dot(a.astype(w.dtype), w, preferred_element_type=a.dtype)
+def _times(a: Array, w: Array, axis: int) -> Array:
+  """a @ w (axis 0 of w) or a @ wᵀ (1) in the dtype of the weights, summed up in that of a."""
+  axes = (((1,), (axis,)), ((), ()))
+  return jax.lax.dot_general(a.astype(w.dtype), w, axes, preferred_element_type=a.dtype)
 
 
 def lstm_forward(weights, carry, inputs):
-  """(h, c) of the step before and the gates' sums without h -> (h, c), an output too."""
+  """(h, c) before the step and the gates' sums without h -> (h, c), an output too."""
   (w,), (h, c), (gates,) = weights, carry, inputs
   valid = gates[0] > PADDING / 2
-  i, f, g, o = _act(tuple(a + _times(h, w_q) for a, w_q in zip(gates, w, strict=True)))
+  i, f, g, o = _act(tuple(a + _times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True)))
   c_next = f * c + i * g
   h_next = o * jnp.tanh(c_next)
   carry = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
@@ -277,7 +281,8 @@ def lstm_backward(weights, carry, inputs):
     d_h * tanh_c * o * (1 - o),
   )
   d_gates = tuple(jnp.where(valid, d, 0) for d in d_gates)
-  back = sum(_times(d, w_q) for d, w_q in zip(d_gates, w, strict=True))
+  i_back, f_back, g_back, o_back = (_times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
+  back = i_back + f_back + g_back + o_back
   return (jnp.where(valid, back, d_h), jnp.where(valid, d_next * f, d_c)), [d_gates]
 
 
@@ -295,16 +300,20 @@ def forward(x, valid, w, bias, reverse, *, target, interpret=False):
   Returns:
     h and c after each step, [N, T, (G,) B, H], and the final h, [(G,) B, H].
   """
-  shape, chunk = x.shape[:-1], x.shape[1]
-  single, x, valid, w, bias = _unify(x, valid, w, bias)
-  (rows, width), hidden = x.shape[2:], w.shape[-1] // 4
-  backwards = (reverse,) if single else (False, True)
-  how = Sweep(lstm_forward, 2, ((2, w.dtype),), backwards, chunk, target, interpret)
-  gates = _sums(x, valid, w[:, :width], bias)
-  (states,) = sweep(how, [_square(w[:, width:])], [gates])
-  h, c = (states[:, :, q, :rows, :hidden] for q in range(2))
-  final = jnp.stack([h[0 if turned else -1, g] for g, turned in enumerate(backwards)])
-  return h.reshape(*shape, hidden), c.reshape(*shape, hidden), final[0] if single else final
+  chunk, batch, width, hidden = x.shape[1], x.shape[-2], x.shape[-1], w.shape[-1] // 4
+  backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
+  shape, (x, valid) = (*x.shape[:-1], hidden), _rows(len(backwards), x, valid)
+  dtype = jnp.promote_types(x.dtype, w.dtype)
+  w = _columns(w).astype(dtype)
+  gates = _sums(jnp.where(valid, x, 0).astype(dtype), valid, w[:, :width], _columns(bias))
+  how = Sweep(lstm_forward, 2, ((2, dtype),), backwards, chunk, target, interpret)
+  (states,) = sweep(how, [_square(w, width, hidden)], [gates])
+  h, c = (
+    states[:, :, :batch, part][..., :hidden] for part in _parts(states.shape[-1], w.shape[-1] // 4)
+  )
+  final = jnp.stack([h[g, 0 if turned else -1] for g, turned in enumerate(backwards)])
+  h, c = (a.swapaxes(0, 1).reshape(shape) for a in (h, c))
+  return h, c, final.reshape(*shape[2:])
 
 
 def backward(x, valid, w, bias, h, c, d_states, d_final, reverse, *, target, interpret=False):
@@ -312,78 +321,79 @@ def backward(x, valid, w, bias, h, c, d_states, d_final, reverse, *, target, int
 
   Arguments are those and the results of `forward`, and gradients for its results.
   """
-  given, chunk = (x, w, bias), x.shape[1]
-  single, x, valid, w, bias = _unify(x, valid, w, bias)
-  h, c, d_states = (_flat(single, a) for a in (h, c, d_states))
-  (rows, width), hidden = x.shape[2:], w.shape[-1] // 4
-  backwards = (reverse,) if single else (False, True)
+  given, chunk, batch, hidden = (x, w, bias), x.shape[1], x.shape[-2], h.shape[-1]
+  width = x.shape[-1]
+  backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
+  x, valid, h, c, d_states = _rows(len(backwards), x, valid, h, c, d_states)
+  w = _columns(jnp.concatenate([w, bias], 1)).astype(h.dtype)
   # the final state is that of the last step: padding keeps it
-  steps = jnp.arange(x.shape[0])[:, None]
-  last = steps == jnp.array([0 if turned else x.shape[0] - 1 for turned in backwards])
-  d_final = d_final.reshape(1, *h.shape[1:])
-  d_states = d_states + jnp.where(last[:, :, None, None], d_final, 0)
-  inputs = jnp.concatenate([x, _before(h, backwards)], -1)
-  gates = _sums(inputs, valid, w, bias)
-  states = (_pad(a[:, :, None].astype(gates.dtype)) for a in (_before(c, backwards), d_states))
+  d_final = _rows(len(backwards), d_final[None, None])[0]
+  last = [jnp.arange(h.shape[1]) == (0 if turned else h.shape[1] - 1) for turned in backwards]
+  d_states = d_states + jnp.where(jnp.stack(last)[:, :, None, None], d_final, 0)
+  inputs = [
+    jnp.where(valid, x, 0).astype(h.dtype),
+    _before(h, backwards),
+    jnp.ones_like(h[..., :1]),
+  ]
+  inputs = jnp.concatenate(inputs, -1)
+  gates = _sums(inputs, valid, w)
   opposite = tuple(not turned for turned in backwards)
-  how = Sweep(lstm_backward, 2, ((4, w.dtype),), opposite, chunk, target, interpret)
-  (d_gates,) = sweep(how, [_square(w[:, width:]).mT], [gates, *states])
-  d_gates = d_gates[..., :rows, :hidden].swapaxes(2, 3).reshape(*inputs.shape[:3], 4 * hidden)
-  d_x = jnp.einsum("lgbm,gkm->lgbk", d_gates, w[:, :width])
-  d_w = jnp.einsum("lgbk,lgbm->gkm", inputs, d_gates, preferred_element_type=gates.dtype)
-  d_bias = d_gates.sum((0, 2), dtype=gates.dtype)
-  found = d_x, d_w, d_bias
+  how = Sweep(lstm_backward, 2, ((4, h.dtype),), opposite, chunk, target, interpret)
+  states = [_columns(a.astype(gates.dtype), 1) for a in (_before(c, backwards), d_states)]
+  (d_gates,) = sweep(how, [_square(w, width, hidden)], [gates, *states])
+  d_x = jnp.einsum("glbm,gkm->glbk", d_gates, w[:, :width])[:, :, :batch].swapaxes(0, 1)
+  d_w = jnp.einsum("glbk,glbm->gkm", inputs, d_gates, preferred_element_type=gates.dtype)
+  d_w = d_w.reshape(*d_w.shape[:2], 4, -1)[..., :hidden].reshape(*d_w.shape[:2], 4 * hidden)
+  found = d_x, d_w[:, :-1], d_w[:, -1]
   return tuple(d.reshape(a.shape).astype(a.dtype) for d, a in zip(found, given, strict=True))
 
 
-def _flat(single, a):
-  """[N, T, (G,) B, K] -> [L, G, B, K]."""
-  return (a[:, :, None] if single else a).reshape(-1, 1 if single else a.shape[2], *a.shape[-2:])
+def _directions(reverse, *weights):
+  """Of each direction G whether it runs backwards, and weights [(G,) K, M] as [G, K, M]."""
+  if weights[0].ndim == 2:
+    return (reverse,), [w[None] for w in weights]
+  return (False, True), weights
 
 
-def _unify(x, valid, w, bias):
-  """Whether there is one direction; the arguments with an axis of directions, x zero on padding."""
-  single, dtype = w.ndim == 2, jnp.promote_types(x.dtype, w.dtype)
-  x, valid = _flat(single, x), _flat(single, valid)
-  w, bias = (a[None] if single else a for a in (w.astype(dtype), bias))
-  return single, jnp.where(valid, x.astype(dtype), 0), valid, w, bias
+def _rows(directions, *arrays):
+  """[N, T, (G,) B, K] each -> [G, L, B', K], zero in what is added."""
+  shaped = [a.reshape(-1, directions, *a.shape[-2:]).swapaxes(0, 1) for a in arrays]
+  padding = (0, 0), (0, 0), (0, -shaped[0].shape[2] % LEAST), (0, 0)
+  return [jnp.pad(a, padding) for a in shaped]
+
+
+def _columns(a, planes=4):
+  """[..., planes * H] -> [..., planes * H'], zero in what is added."""
+  width = a.shape[-1] // planes
+  wide = max(LEAST, 1 << (width - 1).bit_length())
+  if wide == width:
+    return a
+  a = a.reshape(*a.shape[:-1], planes, width)
+  padded = jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, wide - width)))
+  return padded.reshape(*a.shape[:-2], planes * wide)
+
+
+def _square(w, width, hidden):
+  """[G, D + H (+ 1), 4H'] -> what h is multiplied by, [G, H', 4H']."""
+  w = w[:, width : width + hidden]
+  return jnp.pad(w, ((0, 0), (0, w.shape[-1] // 4 - hidden), (0, 0)))
 
 
 def _before(states, backwards):
-  """The states before each step from those after it, [L, G, B, H]."""
+  """The states before each step from those after it, [G, L, B, H]."""
   moved = [
-    jnp.pad(a[1:], ((0, 1), (0, 0), (0, 0))) if turned else jnp.pad(a[:-1], ((1, 0), (0, 0), (0, 0)))
-    for a, turned in zip(states.swapaxes(0, 1), backwards, strict=True)
+    jnp.pad(a[1:], ((0, 1), (0, 0), (0, 0)))
+    if turned
+    else jnp.pad(a[:-1], ((1, 0), (0, 0), (0, 0)))
+    for a, turned in zip(states, backwards, strict=True)
   ]
-  return jnp.stack(moved, 1)
+  return jnp.stack(moved)
 
 
-def _sums(inputs, valid, w, bias):
-  """The gates' sums [L, G, 4, B', H'], summed up in float32 at least, PADDING where it is."""
+def _sums(inputs, valid, w, bias=None):
+  """The gates' sums [G, L, B, 4H], summed up in float32 at least; PADDING where there is."""
   dtype = jnp.promote_types(w.dtype, jnp.float32)
-  sums = jnp.einsum("lgbk,gkm->lgbm", inputs, w, preferred_element_type=dtype)
-  sums = sums + bias.astype(dtype)[None, :, None]
-  sums = jnp.where(valid, sums, PADDING)
-  return _pad(sums.reshape(*sums.shape[:-1], 4, -1).swapaxes(2, 3), PADDING)
-
-
-def _square(w):
-  """[G, H, 4H] -> a matrix for each gate, [G, 4, H', H']."""
-  hidden = w.shape[1]
-  return _grow(w.reshape(-1, hidden, 4, hidden).swapaxes(1, 2), _wide(hidden), _wide(hidden), 0)
-
-
-def _pad(a, value=0.0):
-  """[…, B, H] -> […, B', H']: whole tiles of rows, and a width that a product can take."""
-  rows, width = a.shape[-2:]
-  return _grow(a, rows + -rows % LEAST, _wide(width), value)
-
-
-def _wide(width):
-  """The next power of two."""
-  return max(LEAST, 1 << (width - 1).bit_length())
-
-
-def _grow(a, rows, width, value):
-  more = rows - a.shape[-2], width - a.shape[-1]
-  return jnp.pad(a, (*((0, 0),) * (a.ndim - 2), *((0, n) for n in more)), constant_values=value)
+  sums = jnp.einsum("glbk,gkm->glbm", inputs, w, preferred_element_type=dtype)
+  if bias is not None:
+    sums = sums + bias.astype(dtype)[:, None]
+  return jnp.where(valid, sums, PADDING)
