@@ -123,7 +123,7 @@ def _chunk_size(steps: int) -> int:
 
 
 def _by_platform(loop, kernel_of, w, *args):
-  """`loop(*args)`, on accelerators `kernel_of(*args, target=…)` if there is one for such weights."""
+  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes such weights."""
   if not kernel.fits(w):
     return loop(*args)
   kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}

@@ -11,7 +11,7 @@ before the loop, the gradients of x and of the weights after it.
              seeds and tasks.
   carry      in registers. A TPU's grid runs in order: from one chunk of steps to the next the carry
              waits in scratch memory. On a GPU there is one chunk.
-  weights    loaded once, before the loop.
+  weights    loaded once, before the loop, where registers hold them; else in each step, from cache.
   inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
              GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
              them lies in VMEM, and the next is fetched meanwhile.
@@ -41,7 +41,8 @@ Planes = tuple[Array, ...]
 TARGETS = ("cuda", "tpu")
 PADDING = -1e30  # in place of a gate's sum: this entry keeps its state
 LEAST = 16  # rows and columns of a product
-WIDEST = 256  # H whose weights are still resident somewhere near: registers, shared memory, L1
+WIDEST = 256  # the largest H: its weights, 1 MiB, come from the second cache in each step
+RESIDENT_BYTES = 64 * 2**10  # of weights, a quarter of a GPU multiprocessor's registers
 LANES = 128
 VMEM_BYTES = 10 * 2**20  # for blocks, of the 16 MiB that a TPU's compiler grants a kernel
 
@@ -91,6 +92,7 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
   tile = _tile(how, inputs, rows, width)
   size = how.chunk if how.target == "tpu" else steps
   chunks = steps // size
+  resident = sum(w.nbytes // directions for w in weights) <= RESIDENT_BYTES
 
   def backwards(direction):
     one, *other = how.backwards
@@ -110,12 +112,13 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
     numbers = len(weights), len(inputs), len(how.outputs), how.carry if chunks > 1 else 0
     w_refs, in_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
     turned = backwards(pl.program_id(0))
-    loaded = [tuple(ref[:, part] for part in _parts(ref.shape[1], width)) for ref in w_refs]
+    load = lambda: [tuple(ref[:, q] for q in _parts(ref.shape[1], width)) for ref in w_refs]  # noqa: E731
+    loaded = load() if resident else None
 
     def body(k, carry):
       t = jnp.where(turned, size - 1 - k, k)
       now = [tuple(ref[t, :, part] for part in _parts(ref.shape[2], width)) for ref in in_refs]
-      carry, outputs = how.step(loaded, carry, now)
+      carry, outputs = how.step(loaded or load(), carry, now)
       for ref, planes in zip(out_refs, outputs, strict=True):
         for part, plane in zip(_parts(ref.shape[2], width), planes, strict=True):
           ref[t, :, part] = plane.astype(ref.dtype)
@@ -139,7 +142,7 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
       for planes, dtype in how.outputs
     ],
     scratch_shapes=[pltpu.VMEM((tile, width), dtype)] * (how.carry if chunks > 1 else 0),
-    compiler_params=_compiler_params(how),
+    compiler_params=_compiler_params(how, width),
     interpret=how.interpret,
     name=how.step.__name__,
   )
@@ -163,10 +166,10 @@ def _tile(how, inputs, rows, width):
   return tile
 
 
-def _compiler_params(how):
+def _compiler_params(how, width):
   if how.target == "tpu":
     return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-  return plgpu.CompilerParams(num_warps=4, num_stages=1)
+  return plgpu.CompilerParams(num_warps=4 if width <= 32 else 8 if width <= 64 else 16, num_stages=1)
 
 
 def loop(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
