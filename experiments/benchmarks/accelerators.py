@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks import cases
-from mmjax import meta, models, types
+from mmjax import meta, models, recurrence, types
 
 _TARGETS = flags.DEFINE_list("target", ["h100", "v5e"], "What to compile for.")
 _SYSTEMS = flags.DEFINE_list("systems", sorted(models.MODELS), "Which systems.")
@@ -229,7 +229,8 @@ def compile_for(target: str, function: Callable, *args: Any) -> tuple[Any, float
   """
   place = SingleDeviceSharding(device(target))
   began = time.perf_counter()
-  lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
+  with recurrence.portable():
+    lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
   *tries, last = TARGETS[target].options
   for options in tries:
     try:

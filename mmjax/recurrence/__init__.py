@@ -1,8 +1,9 @@
 """The LSTM's recurrence: a loop on a CPU (`scan`), one kernel on a GPU or TPU (`kernel`).
 
-Both keep the states alone and have a backward pass of their own. Which of them a program holds is
-decided as it is compiled for a device. `with plain():` traces a plain scan instead, on every
-device, to compare.
+Both keep the states alone and have a backward pass of their own. Which of them runs is decided as a
+program is compiled for a device (`jax.lax.platform_dependent`). A process that has no accelerator
+traces the loop alone, which takes less time, unless it is told that its programs are for others:
+`with portable():`. `with plain():` traces a plain scan instead, on every device, to compare.
 """
 
 import contextlib
@@ -21,16 +22,26 @@ Array = types.Array
 Weights = tuple[Array, Array, Array]
 
 _PLAIN = contextvars.ContextVar("mmjax_plain_recurrence", default=False)
+_PORTABLE = contextvars.ContextVar("mmjax_portable_recurrence", default=False)
+
+
+def plain() -> contextlib.AbstractContextManager[None]:
+  """What is traced inside runs recurrences as plain scans, differentiated by JAX itself."""
+  return _within(_PLAIN)
+
+
+def portable() -> contextlib.AbstractContextManager[None]:
+  """What is traced inside can be compiled for accelerators that this process does not have."""
+  return _within(_PORTABLE)
 
 
 @contextlib.contextmanager
-def plain():
-  """What is traced inside runs recurrences as plain scans, differentiated by JAX itself."""
-  token = _PLAIN.set(True)
+def _within(variable):
+  token = variable.set(True)
   try:
     yield
   finally:
-    _PLAIN.reset(token)
+    variable.reset(token)
 
 
 def lstm(
@@ -124,7 +135,7 @@ def _chunk_size(steps: int) -> int:
 
 def _by_platform(loop, kernel_of, w, *args):
   """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes such weights."""
-  if not kernel.fits(w):
+  if not kernel.fits(w) or (jax.default_backend() == "cpu" and not _PORTABLE.get()):
     return loop(*args)
   kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}
   return jax.lax.platform_dependent(*args, default=loop, **kernels)

@@ -76,6 +76,7 @@ class Sweep(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers and passes of one shape
 def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
   """Runs a step over all steps of a sequence.
 
@@ -169,29 +170,37 @@ def _tile(how, inputs, rows, width):
 def _compiler_params(how, width):
   if how.target == "tpu":
     return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-  return plgpu.CompilerParams(num_warps=4 if width <= 32 else 8 if width <= 64 else 16, num_stages=1)
+  return plgpu.CompilerParams(
+    num_warps=4 if width <= 32 else 8 if width <= 64 else 16, num_stages=1
+  )
 
 
 def loop(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
   """What `sweep` computes, as a `lax.scan`."""
-  width = weights[0].shape[1]
-  split = lambda a: tuple(a[:, part] for part in _parts(a.shape[1], width))  # noqa: E731
-
-  def run(g, backwards):
-    own = [split(w[g]) for w in weights]
-
-    def step(carry, now):
-      carry, outputs = how.step(own, carry, [split(x) for x in now])
-      joined = [jnp.concatenate(planes, -1) for planes in outputs]
-      return carry, [a.astype(dtype) for a, (_, dtype) in zip(joined, how.outputs, strict=True)]
-
-    zero = jnp.zeros((inputs[0].shape[2], width), inputs[0].dtype)
-    return jax.lax.scan(step, (zero,) * how.carry, [x[g] for x in inputs], reverse=backwards)[1]
-
-  found = [run(g, backwards) for g, backwards in enumerate(how.backwards)]
+  found = [
+    _scan(how, turned, [w[g] for w in weights], [x[g] for x in inputs])
+    for g, turned in enumerate(how.backwards)
+  ]
   return tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced and transposed once
+def _scan(how, turned, weights, inputs):
+  """One direction of `loop`, without its axis."""
+  width = weights[0].shape[0]
+  split = lambda a: tuple(a[:, part] for part in _parts(a.shape[1], width))  # noqa: E731
+  own = list(map(split, weights))
+
+  def step(carry, now):
+    carry, outputs = how.step(own, carry, list(map(split, now)))
+    joined = [jnp.concatenate(planes, -1) for planes in outputs]
+    return carry, [a.astype(dtype) for a, (_, dtype) in zip(joined, how.outputs, strict=True)]
+
+  zero = jnp.zeros((inputs[0].shape[1], width), inputs[0].dtype)
+  return jax.lax.scan(step, (zero,) * how.carry, inputs, reverse=turned)[1]
+
+
+@functools.cache
 def _tangent(how: Sweep) -> Sweep:
   """The sweep of tangents: of [weights, their tangents] and [inputs, their tangents]."""
 
@@ -219,17 +228,18 @@ def _sweep_jvp(how, primals, tangents):
   def by_loop(d):
     return jax.jvp(functools.partial(loop, how), primals, d)[1]
 
-  return sweep(how, weights, inputs), _linear(by_kernel, by_loop, tangents)
+  out = sweep(how, weights, inputs)
+  return out, _linear(by_kernel, by_loop, tangents, out)
 
 
-def _linear(run: Callable, same: Callable, x: Any) -> Any:
-  """`run(x)`, transposed as `same`, which computes the same linear function.
+def _linear(run: Callable, same: Callable, x: Any, like: Any) -> Any:
+  """`run(x)`, transposed as `same`, which computes the same linear function; shaped as `like`.
 
   JAX's one public primitive that has a transpose of one's own, under `vmap` too, is the linear
   solver: [x, y] with y = f(x) solves the system x = b, y - f(x) = 0.
   """
-  linear_zero = lambda a: jnp.where(False, jax.tree.leaves(x)[0].ravel()[0], 0).astype(a.dtype)  # noqa: E731
-  zeros = jax.tree.map(lambda a: jnp.broadcast_to(linear_zero(a), a.shape), jax.eval_shape(same, x))
+  nothing = jnp.where(False, jax.tree.leaves(x)[0].ravel()[0], 0)  # 0, but linear in x
+  zeros = jax.tree.map(lambda a: jnp.broadcast_to(nothing.astype(a.dtype), a.shape), like)
   add = functools.partial(jax.tree.map, jnp.add)
 
   def apply(both):
