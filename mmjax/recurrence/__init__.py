@@ -103,7 +103,10 @@ def _run(x, valid, weights, reverse):
   Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
   weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
   """
-  w_ih, w_hh, bias = weights
+  # features may be of half precision; the weights' own, mostly, is what is computed in
+  with jax.numpy_dtype_promotion("standard"):
+    dtype = jnp.result_type(x, *weights)
+  x, w_ih, w_hh, bias = (a.astype(dtype) for a in (x, *weights))
   # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
   # code of gates that are sliced out of a large array (three times as slow on a CPU)
   w = jnp.concatenate([w_ih, w_hh], -2)

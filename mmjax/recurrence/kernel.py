@@ -313,17 +313,15 @@ def forward(x, valid, w, bias, reverse, *, target, interpret=False):
   Returns:
     h and c after each step, [N, T, (G,) B, H], and the final h, [(G,) B, H].
   """
-  chunk, batch, width, hidden = x.shape[1], x.shape[-2], x.shape[-1], w.shape[-1] // 4
+  (_, chunk, *_, batch, width), hidden = x.shape, w.shape[-1] // 4
+  shape = *x.shape[:-1], hidden
   backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
-  shape, (x, valid) = (*x.shape[:-1], hidden), _rows(len(backwards), x, valid)
-  dtype = jnp.promote_types(x.dtype, w.dtype)
-  w = _columns(w).astype(dtype)
-  gates = _sums(jnp.where(valid, x, 0).astype(dtype), valid, w[:, :width], _columns(bias))
-  how = Sweep(lstm_forward, 2, ((2, dtype),), backwards, chunk, target, interpret)
+  x, valid = _rows(len(backwards), x, valid)
+  w = _columns(w)
+  gates = _sums(jnp.where(valid, x, 0), valid, w[:, :width], _columns(bias))
+  how = Sweep(lstm_forward, 2, ((2, w.dtype),), backwards, chunk, target, interpret)
   (states,) = sweep(how, [_square(w, width, hidden)], [gates])
-  h, c = (
-    states[:, :, :batch, part][..., :hidden] for part in _parts(states.shape[-1], w.shape[-1] // 4)
-  )
+  h, c = (part[:, :, :batch, :hidden] for part in jnp.split(states, 2, -1))
   final = jnp.stack([h[g, 0 if turned else -1] for g, turned in enumerate(backwards)])
   h, c = (a.swapaxes(0, 1).reshape(shape) for a in (h, c))
   return h, c, final.reshape(*shape[2:])
@@ -334,24 +332,19 @@ def backward(x, valid, w, bias, h, c, d_states, d_final, reverse, *, target, int
 
   Arguments are those and the results of `forward`, and gradients for its results.
   """
-  given, chunk, batch, hidden = (x, w, bias), x.shape[1], x.shape[-2], h.shape[-1]
-  width = x.shape[-1]
+  given, (_, chunk, *_, batch, width), hidden = (x, w, bias), x.shape, h.shape[-1]
   backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
   x, valid, h, c, d_states = _rows(len(backwards), x, valid, h, c, d_states)
-  w = _columns(jnp.concatenate([w, bias], 1)).astype(h.dtype)
+  w = _columns(jnp.concatenate([w, bias], 1))
   # the final state is that of the last step: padding keeps it
   d_final = _rows(len(backwards), d_final[None, None])[0]
   last = [jnp.arange(h.shape[1]) == (0 if turned else h.shape[1] - 1) for turned in backwards]
   d_states = d_states + jnp.where(jnp.stack(last)[:, :, None, None], d_final, 0)
-  inputs = [
-    jnp.where(valid, x, 0).astype(h.dtype),
-    _before(h, backwards),
-    jnp.ones_like(h[..., :1]),
-  ]
+  inputs = [jnp.where(valid, x, 0), _before(h, backwards), jnp.ones_like(h[..., :1])]
   inputs = jnp.concatenate(inputs, -1)
   gates = _sums(inputs, valid, w)
   opposite = tuple(not turned for turned in backwards)
-  how = Sweep(lstm_backward, 2, ((4, h.dtype),), opposite, chunk, target, interpret)
+  how = Sweep(lstm_backward, 2, ((4, w.dtype),), opposite, chunk, target, interpret)
   states = [_columns(a.astype(gates.dtype), 1) for a in (_before(c, backwards), d_states)]
   (d_gates,) = sweep(how, [_square(w, width, hidden)], [gates, *states])
   d_x = jnp.einsum("glbm,gkm->glbk", d_gates, w[:, :width])[:, :, :batch].swapaxes(0, 1)
@@ -394,10 +387,9 @@ def _square(w, width, hidden):
 
 def _before(states, backwards):
   """The states before each step from those after it, [G, L, B, H]."""
+  zero = jnp.zeros_like(states[0, :1])
   moved = [
-    jnp.pad(a[1:], ((0, 1), (0, 0), (0, 0)))
-    if turned
-    else jnp.pad(a[:-1], ((1, 0), (0, 0), (0, 0)))
+    jnp.concatenate([a[1:], zero] if turned else [zero, a[:-1]])
     for a, turned in zip(states, backwards, strict=True)
   ]
   return jnp.stack(moved)
@@ -405,7 +397,7 @@ def _before(states, backwards):
 
 def _sums(inputs, valid, w, bias=None):
   """The gates' sums [G, L, B, 4H], summed up in float32 at least; PADDING where there is."""
-  dtype = jnp.promote_types(w.dtype, jnp.float32)
+  dtype = w.dtype if w.dtype.itemsize > 4 else jnp.float32
   sums = jnp.einsum("glbk,gkm->glbm", inputs, w, preferred_element_type=dtype)
   if bias is not None:
     sums = sums + bias.astype(dtype)[:, None]

@@ -23,7 +23,7 @@ def plain(x, valid, w, bias, reverse):
 
 
 def _start(x, w):
-  zero = jnp.zeros((*x.shape[-w.ndim : -1], w.shape[-1] // 4), jnp.result_type(x, w))
+  zero = jnp.zeros((*x.shape[-w.ndim : -1], w.shape[-1] // 4), x.dtype)
   return zero, zero
 
 
@@ -32,10 +32,12 @@ def _gates(x, h, w, bias):
 
   Four functions of four slices vectorize badly on a CPU where H is small.
   """
-  gates = jnp.concatenate([x, h], -1) @ w + bias[..., None, :]
+  gates = jnp.concatenate([x, h], -1) @ w
+  gates = gates + jax.lax.broadcast_to_rank(bias[..., None, :], gates.ndim)
   half = np.array([[0.5], [0.5], [1.0], [0.5]], gates.dtype)
   scale = np.repeat(half, gates.shape[-1] // 4, 1).ravel()
-  return jnp.split(jnp.tanh(gates * scale) * scale + (1 - scale), 4, axis=-1)
+  scale, rest = (jax.lax.broadcast_to_rank(a, gates.ndim) for a in (scale, 1 - scale))
+  return jnp.split(jnp.tanh(gates * scale) * scale + rest, 4, axis=-1)
 
 
 def _scan(carry, x, valid, w, bias, reverse):
