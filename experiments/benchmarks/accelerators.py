@@ -195,7 +195,8 @@ def find_compiler(target: str) -> None:
     )
   if "libtpu" in places:
     os.environ.setdefault("TPU_LIBRARY_PATH", str(places["libtpu"] / "libtpu.so"))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a real one
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a real one,
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # which processes could not share
   if "nvidia.cuda_nvcc" in places:  # its assembler
     tools = str(places["nvidia.cuda_nvcc"] / "bin")
     os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
