@@ -33,7 +33,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (a: f32[4], b: s32[]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
-  %loop = (s32[], f32[4]{0}) while(), condition=%condition, body=%body, {"known_trip_count":{"n":"5"}}
+  %loop = (s32[], f32[4]) while(), condition=%condition, body=%body, {"known_trip_count":{"n":"5"}}
   %y = f32[4]{0} get-tuple-element(%loop), index=1
   %z = f32[4]{0} conditional(%b, %y, %y), branch_computations={%cheap, %dear}
   ROOT %called = f32[4]{0} call(%z), to_apply=%cheap

@@ -163,7 +163,9 @@ def test_a_gradient_keeps_states_and_not_gates():
 
   def temporaries():
     gradient = jax.jit(lambda x, weights: jax.grad(loss, 1)(x, weights))
-    return gradient.lower(x, weights).compile().memory_analysis().temp_size_in_bytes
+    memory = gradient.lower(x, weights).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
   ours = temporaries()
   with recurrence.plain():

@@ -151,7 +151,8 @@ def count_launches(text: str) -> Launches:
     return add(Launches(), *map(of_line, bodies[name]))
 
   def named(key, line):
-    return re.findall(r"[\w.\-]+", re.search(rf"\b{key}=\{{?([^}},]*(?:, ?%[^}},]*)*)", line)[1])
+    found = re.search(rf"\b{key}=(\{{[^}}]*\}}|[^,]*)", line)
+    return re.findall(r"[\w.\-]+", found[1]) if found else []
 
   def of_line(line):
     found = _OPERATION.search(line)
@@ -187,8 +188,9 @@ def find_compiler(target: str) -> None:
   Raises:
     MissingCompiler: naming the packages that are not installed.
   """
-  places = {module: _folder(module) for module in TARGETS[target].packages}
-  missing = [TARGETS[target].packages[module] for module, place in places.items() if not place]
+  packages = TARGETS[target].packages
+  places = {module: place for module in packages if (place := _folder(module))}
+  missing = [package for module, package in packages.items() if module not in places]
   if missing:
     raise MissingCompiler(
       f"--target={target} needs {', '.join(missing)}: pip install 'mmjax[aot]', or name another."
@@ -207,7 +209,8 @@ def _folder(module: str) -> pathlib.Path | None:
     found = importlib.util.find_spec(module)
   except ModuleNotFoundError:  # the package around it
     return None
-  return pathlib.Path(next(iter(found.submodule_search_locations))) if found else None
+  places = found.submodule_search_locations if found else None
+  return pathlib.Path(next(iter(places))) if places else None
 
 
 @functools.cache

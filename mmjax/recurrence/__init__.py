@@ -80,8 +80,11 @@ def bilstm(
     Outputs (forward, backward), [L, B, H] each, and final states, [B, H] each.
   """
   if _PLAIN.get():
-    found = lstm(x, valid, *forward), lstm(x, valid, *backward, reverse=True)
-    return tuple(zip(*found, strict=True))
+    (ahead, last), (back, first) = (
+      lstm(x, valid, *forward),
+      lstm(x, valid, *backward, reverse=True),
+    )
+    return (ahead, back), (last, first)
   # the longest sequence, turned round, begins at once: chunks of padding alone cost a loop nothing
   last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
   turn = functools.partial(  # its own inverse
@@ -93,8 +96,8 @@ def bilstm(
   both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
   weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
   states, final = _run(both, seen, weights, False)
-  outputs = states[:, 0], turn(states[:, 1])
-  return tuple(jnp.where(valid[:, :, None], s, 0) for s in outputs), tuple(final)
+  ahead, back = (jnp.where(valid[:, :, None], s, 0) for s in (states[:, 0], turn(states[:, 1])))
+  return (ahead, back), (final[0], final[1])
 
 
 def _run(x, valid, weights, reverse):

@@ -69,7 +69,8 @@ def forward(x, valid, w, bias, reverse):
   """-> h and c after each step, [N, T, (G,) B, H] each, and the final h, [(G,) B, H]."""
 
   def run(carry, inputs):
-    return _scan(carry, *inputs, w, bias, reverse)
+    x, valid = inputs
+    return _scan(carry, x, valid, w, bias, reverse)
 
   def rest(carry, inputs):
     return carry, jax.tree.map(lambda a: jnp.broadcast_to(a, (x.shape[1], *a.shape)), carry)
