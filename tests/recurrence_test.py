@@ -101,6 +101,27 @@ def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(case, interpret
   assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+  ("interpreted", "reverse"), [("cuda", True), ("tpu", False)], indirect=["interpreted"]
+)
+def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, reverse, monkeypatch):
+  x, valid, _, of_outputs, _ = draw(13, 9)
+  random = np.random.default_rng(1)
+  shapes = (D, 3 * H), (H, 3 * H), (3 * H,), (3 * H,)
+  weights = tuple(random.normal(size=shape) * 0.5 for shape in shapes)
+
+  def loss(x, weights):
+    outputs = recurrence.gru(x.swapaxes(0, 1), valid.T, *weights, reverse=reverse)
+    return jnp.sum(jnp.sin(outputs) * of_outputs.swapaxes(0, 1))
+
+  all_of = all_orders(loss)
+  with jax.enable_x64(True):
+    expected = jax.jit(all_of)(x, weights)
+    monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
+    found = jax.jit(lambda *args: all_of(*args))(x, weights)
+  assert_close(found, expected)
+
+
 def test_a_kernel_takes_seeds_as_an_axis_and_batches_that_no_tile_divides(interpreted):
   x, valid, weights, *scales = draw(7, rows=19)
   loss = make_loss("both", valid, *scales)

@@ -1,4 +1,4 @@
-"""The LSTM's recurrence: a loop on a CPU (`scan`), one kernel on a GPU or TPU (`kernel`).
+"""LSTM and GRU: a loop on a CPU (`scan`), one kernel on a GPU or TPU (`kernel`).
 
 Both keep the states alone and have a backward pass of their own. Which of them runs is decided as a
 program is compiled for a device (`jax.lax.platform_dependent`). A process that has no accelerator
@@ -100,6 +100,44 @@ def bilstm(
   return (ahead, back), (final[0], final[1])
 
 
+def gru(
+  x: Array,
+  valid: Array,
+  w_ih: Array,
+  w_hh: Array,
+  b_ih: Array,
+  b_hh: Array,
+  *,
+  reverse: bool = False,
+) -> Array:
+  """Runs a GRU of gates r, z, n over sequences whose padding keeps the state.
+
+  Args:
+    x: [B, L, D].
+    valid: [B, L] bool.
+    w_ih: [D, 3H].
+    w_hh: [H, 3H].
+    b_ih, b_hh: [3H].
+    reverse: from the last step to the first.
+
+  Returns:
+    Outputs [B, L, H], zero on padding.
+  """
+  chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
+  chex.assert_shape(valid, x.shape[:2])
+  if _PLAIN.get() or not _accelerated(w_hh.shape[0], w_hh.dtype):
+    return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
+  # r, z, and the two parts of n: the state's is multiplied by r
+  (w_rz, w_n), (u_rz, u_n), (b_rz, b_n), (c_rz, c_n) = (
+    jnp.split(a, [2 * w_hh.shape[0]], -1) for a in (w_ih, w_hh, b_ih, b_hh)
+  )
+  w = [[w_rz, w_n, jnp.zeros_like(w_n)], [u_rz, jnp.zeros_like(u_n), u_n]]
+  bias = jnp.concatenate([b_rz + c_rz, b_n, c_n])
+  steps, seen = x.swapaxes(0, 1), valid.T[:, :, None]
+  states, _ = _in_chunks(steps.astype(w_hh.dtype), seen, jnp.block(w), bias, kernel.GRU, reverse)
+  return jnp.where(seen, states, 0).swapaxes(0, 1)
+
+
 def _run(x, valid, weights, reverse):
   """h after each step and the final h.
 
@@ -115,6 +153,11 @@ def _run(x, valid, weights, reverse):
   w = jnp.concatenate([w_ih, w_hh], -2)
   if _PLAIN.get():
     return scan.plain(x, valid, w, bias, reverse)
+  return _in_chunks(x, valid, w, bias, kernel.LSTM, reverse)
+
+
+def _in_chunks(x, valid, w, bias, cell, reverse):
+  """`_chunked`, x [L, (G,) B, D] -> h after each step, [L, (G,) B, H], and the final h."""
   steps = x.shape[0]
   size = _chunk_size(steps)
   padding = -steps % size  # invalid steps at the end change nothing, in either direction
@@ -124,7 +167,7 @@ def _run(x, valid, weights, reverse):
   ]
   rows = x.ndim - 2
   chunks = parallel.by_rows(
-    lambda *args: _chunked(*args, reverse),
+    lambda *args: _chunked(*args, cell, reverse),
     in_axes=(rows + 1, rows + 1, None, None),
     out_axes=(rows + 1, rows - 1),
     rows=x.shape[rows],
@@ -139,29 +182,38 @@ def _chunk_size(steps: int) -> int:
   return -(-steps // chunks)
 
 
+def _accelerated(hidden, dtype):
+  """Whether programs may be for an accelerator, and there is a kernel for such weights."""
+  return kernel.fits(hidden, dtype) and (_PORTABLE.get() or jax.default_backend() != "cpu")
+
+
 def _by_platform(loop, kernel_of, w, *args):
-  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes such weights."""
-  if not kernel.fits(w) or (jax.default_backend() == "cpu" and not _PORTABLE.get()):
+  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes weights [..., 4H]."""
+  if not _accelerated(w.shape[-1] // 4, w.dtype):
     return loop(*args)
   kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}
   return jax.lax.platform_dependent(*args, default=loop, **kernels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _chunked(x, valid, w, bias, reverse):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x, valid, w, bias, cell, reverse):
   """x [N, T, (G,) B, D] in chunks of T steps -> h after each step, and the final h."""
-  return _chunked_fwd(x, valid, w, bias, reverse)[0]
+  return _chunked_fwd(x, valid, w, bias, cell, reverse)[0]
 
 
-def _chunked_fwd(x, valid, w, bias, reverse):
-  run = [functools.partial(how.forward, reverse=reverse) for how in (scan, kernel)]
-  h, c, final = _by_platform(*run, w, x, valid, w, bias)
-  return (h, final), (x, valid, w, bias, h, c)
+def _chunked_fwd(x, valid, w, bias, cell, reverse):
+  loop = scan.forward if cell is kernel.LSTM else functools.partial(kernel.forward, cell)
+  runs = loop, functools.partial(kernel.forward, cell)
+  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in runs)
+  *states, final = _by_platform(loop, of_kernel, w, x, valid, w, bias)
+  return (states[0], final), (x, valid, w, bias, *states)
 
 
-def _chunked_bwd(reverse, kept, cotangents):
-  run = [functools.partial(how.backward, reverse=reverse) for how in (scan, kernel)]
-  d_x, d_w, d_bias = _by_platform(*run, kept[2], *kept, *cotangents)
+def _chunked_bwd(cell, reverse, kept, cotangents):
+  loop = scan.backward if cell is kernel.LSTM else functools.partial(kernel.backward, cell)
+  runs = loop, functools.partial(kernel.backward, cell)
+  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in runs)
+  d_x, d_w, d_bias = _by_platform(loop, of_kernel, kept[2], *kept, *cotangents)
   return d_x, None, d_w, d_bias
 
 

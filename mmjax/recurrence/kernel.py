@@ -1,4 +1,4 @@
-"""A whole LSTM as one kernel, for accelerators: forward, backward, and the tangents of both.
+"""A whole LSTM or GRU as one kernel, for accelerators: forward, backward, and the tangents of both.
 
 On a GPU a loop over the steps launches several kernels a step, which takes longer than what they
 compute; on a TPU it starves the matrix unit. Here the loop is inside of a kernel (`sweep`). What
@@ -8,6 +8,9 @@ of x before the loop, the gradients of x and of the weights after it.
 Both passes are sweeps, and so are the tangents of both, all that second order in mixed mode needs.
 B is padded to whole tiles and, by zeros in the weights, H to a power of two.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +24,25 @@ WIDEST = 128  # the largest H; its weights, 256 KiB, come from cache in each ste
 PADDING = -1e30  # in place of a gate's sum: this entry keeps its state
 
 
-def fits(w: Array) -> bool:
-  """Whether there is a kernel for weights [..., 4H]."""
-  return w.dtype.itemsize <= 4 and w.shape[-1] <= 4 * WIDEST
+class Cell(NamedTuple):
+  """A recurrence.
+
+  Attributes:
+    forward: the step, see `Sweep`: its weights are of the state before, its inputs the gates' sums
+      without that state.
+    backward: the step of the gradient for the gates' sums; inputs: those sums, the last of the
+      states before the step, and the gradient for h.
+    states: the number of planes that are its state, h first.
+  """
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  states: int
+
+
+def fits(hidden: int, dtype: Any) -> bool:
+  """Whether there is a kernel for that H and dtype of weights."""
+  return dtype.itemsize <= 4 and hidden <= WIDEST
 
 
 def _act(gates: Planes) -> Planes:
@@ -68,19 +87,49 @@ def lstm_backward(weights, carry, inputs):
   return (jnp.where(valid, back, d_h), jnp.where(valid, d_next * f, d_c)), [d_gates]
 
 
-def forward(x, valid, w, bias, reverse, *, target, interpret=False):
-  """Runs an LSTM, or two in two directions.
+def gru_forward(weights, carry, inputs):
+  """The gates' sums are of r, z, and the two parts of n, of x and of h."""
+  (w,), (h,), (gates,) = weights, carry, inputs
+  valid = gates[0] > PADDING / 2
+  r, z, x_n, h_n = (a + _times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True))
+  z = jax.nn.sigmoid(z)
+  h_next = (1 - z) * jnp.tanh(x_n + jax.nn.sigmoid(r) * h_n) + z * h
+  carry = (jnp.where(valid, h_next, h),)
+  return carry, [carry]
+
+
+def gru_backward(weights, carry, inputs):
+  """As `lstm_backward`."""
+  (w,), (d_h,), ((r, z, x_n, h_n), (h,), (d_state,)) = weights, carry, inputs
+  valid = r > PADDING / 2
+  r, z = jax.nn.sigmoid(r), jax.nn.sigmoid(z)
+  n = jnp.tanh(x_n + r * h_n)
+  d_h = d_h + d_state
+  d_n = d_h * (1 - z) * (1 - n * n)
+  d_gates = d_n * h_n * r * (1 - r), d_h * (h - n) * z * (1 - z), d_n, d_n * r
+  d_gates = tuple(jnp.where(valid, d, 0) for d in d_gates)
+  r_back, z_back, _, n_back = (_times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
+  return (jnp.where(valid, r_back + z_back + n_back + d_h * z, d_h),), [d_gates]
+
+
+LSTM = Cell(lstm_forward, lstm_backward, 2)
+GRU = Cell(gru_forward, gru_backward, 1)
+
+
+def forward(cell, x, valid, w, bias, *, reverse, target="loop", interpret=False):
+  """Runs a recurrence, or two in two directions.
 
   Args:
+    cell: `LSTM` or `GRU`.
     x: [N, T, (G,) B, D], N chunks of T steps. Both directions find the steps in their order.
     valid: [N, T, (G,) B, 1].
     w: [(G,) D + H, 4H].
     bias: [(G,) 4H].
-    reverse: whether a single LSTM runs from the last step to the first. Of two, the second does.
+    reverse: whether a single one runs from the last step to the first. Of two, the second does.
     target, interpret: see `Sweep`.
 
   Returns:
-    h and c after each step, [N, T, (G,) B, H], and the final h, [(G,) B, H].
+    The states after each step, [N, T, (G,) B, H] each, and the final h, [(G,) B, H].
   """
   (_, chunk, *_, batch, width), hidden = x.shape, w.shape[-1] // 4
   shape = *x.shape[:-1], hidden
@@ -88,34 +137,37 @@ def forward(x, valid, w, bias, reverse, *, target, interpret=False):
   x, valid = _rows(len(backwards), x, valid)
   w = _columns(w)
   gates = _sums(jnp.where(valid, x, 0), valid, w[:, :width], _columns(bias))
-  how = Sweep(lstm_forward, 2, ((2, w.dtype),), backwards, chunk, target, interpret)
+  how = Sweep(
+    cell.forward, cell.states, ((cell.states, w.dtype),), backwards, chunk, target, interpret
+  )
   (states,) = sweep(how, [_square(w, width, hidden)], [gates])
-  h, c = (part[:, :, :batch, :hidden] for part in jnp.split(states, 2, -1))
-  final = jnp.stack([h[g, 0 if turned else -1] for g, turned in enumerate(backwards)])
-  h, c = (a.swapaxes(0, 1).reshape(shape) for a in (h, c))
-  return h, c, final.reshape(*shape[2:])
+  states = [part[:, :, :batch, :hidden] for part in jnp.split(states, cell.states, -1)]
+  final = [states[0][g, 0 if turned else -1] for g, turned in enumerate(backwards)]
+  final = jnp.stack(final).reshape(*shape[2:])
+  return *(a.swapaxes(0, 1).reshape(shape) for a in states), final
 
 
-def backward(x, valid, w, bias, h, c, d_states, d_final, reverse, *, target, interpret=False):
+def backward(cell, x, valid, w, bias, *states, reverse, target="loop", interpret=False):
   """The gradients for x, w and bias, given those for h after each step and for the final h.
 
   Arguments are those and the results of `forward`, and gradients for its results.
   """
-  given, (_, chunk, *_, batch, width), hidden = (x, w, bias), x.shape, h.shape[-1]
+  *states, d_states, d_final = states
+  given, (_, chunk, *_, batch, width), hidden = (x, w, bias), x.shape, w.shape[-1] // 4
   backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
-  x, valid, h, c, d_states = _rows(len(backwards), x, valid, h, c, d_states)
+  x, valid, h, last, d_states = _rows(len(backwards), x, valid, states[0], states[-1], d_states)
   w = _columns(jnp.concatenate([w, bias], 1))
   # the final state is that of the last step: padding keeps it
   d_final = _rows(len(backwards), d_final[None, None])[0]
-  last = [jnp.arange(h.shape[1]) == (0 if turned else h.shape[1] - 1) for turned in backwards]
-  d_states = d_states + jnp.where(jnp.stack(last)[:, :, None, None], d_final, 0)
+  end = [jnp.arange(h.shape[1]) == (0 if turned else h.shape[1] - 1) for turned in backwards]
+  d_states = d_states + jnp.where(jnp.stack(end)[:, :, None, None], d_final, 0)
   inputs = [jnp.where(valid, x, 0), _before(h, backwards), jnp.ones_like(h[..., :1])]
   inputs = jnp.concatenate(inputs, -1)
   gates = _sums(inputs, valid, w)
   opposite = tuple(not turned for turned in backwards)
-  how = Sweep(lstm_backward, 2, ((4, w.dtype),), opposite, chunk, target, interpret)
-  states = [_columns(a.astype(gates.dtype), 1) for a in (_before(c, backwards), d_states)]
-  (d_gates,) = sweep(how, [_square(w, width, hidden)], [gates, *states])
+  how = Sweep(cell.backward, cell.states, ((4, w.dtype),), opposite, chunk, target, interpret)
+  wide = [_columns(a.astype(gates.dtype), 1) for a in (_before(last, backwards), d_states)]
+  (d_gates,) = sweep(how, [_square(w, width, hidden)], [gates, *wide])
   d_x = jnp.einsum("glbm,gkm->glbk", d_gates, w[:, :width])[:, :, :batch].swapaxes(0, 1)
   d_w = jnp.einsum("glbk,glbm->gkm", inputs, d_gates, preferred_element_type=gates.dtype)
   d_w = d_w.reshape(*d_w.shape[:2], 4, -1)[..., :hidden].reshape(*d_w.shape[:2], 4 * hidden)

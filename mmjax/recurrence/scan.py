@@ -138,3 +138,20 @@ def backward(x, valid, w, bias, h, c, d_states, d_final, reverse):
   chunk = _unless_padding(run, rest)
   (_, (d_w, d_bias)), d_x = jax.lax.scan(chunk, start, inputs, reverse=not reverse)
   return d_x, d_w, d_bias
+
+
+def gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse):
+  """A plain scan, x [B, L, D] -> outputs [B, L, H]; see `recurrence.gru`."""
+
+  def step(h, inputs):
+    projected, valid = inputs
+    r, z, n = jnp.split(projected, 3, -1)
+    h_r, h_z, h_n = jnp.split(h @ w_hh + b_hh[None], 3, -1)
+    z = jax.nn.sigmoid(z + h_z)
+    new = (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + h_r) * h_n) + z * h
+    valid = valid[:, None]
+    return jnp.where(valid, new, h), jnp.where(valid, new, 0)
+
+  projected = (x @ w_ih + b_ih[None, None]).swapaxes(0, 1)
+  zero = jnp.zeros((x.shape[0], w_hh.shape[0]), projected.dtype)
+  return jax.lax.scan(step, zero, (projected, valid.T), reverse=reverse)[1].swapaxes(0, 1)

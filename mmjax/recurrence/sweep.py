@@ -9,9 +9,9 @@
              GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
              them lies in VMEM, and the next is fetched meanwhile.
 
-Triton takes products of at least 16 and powers of two: B must be divisible by 16 and H be a power of
-two from 16 on. A tile has 16 rows on a GPU, since tiles run side by side and none waits for another;
-on a TPU, whose grid runs in order, it is as large as VMEM allows.
+Triton takes products of at least 16 and powers of two: B must be divisible by 16, H a power of two
+from 16 on. A tile has 16 rows on a GPU, since tiles run side by side and none waits for another; on
+a TPU, whose grid runs in order, it is as large as VMEM allows.
 
 The derivative of a sweep in forward mode is a sweep, of the step's tangents. In reverse mode it is
 that of a `lax.scan` of the same step.
@@ -46,7 +46,7 @@ class Sweep(NamedTuple):
     outputs: of each output, the number of planes and the dtype.
     backwards: of each direction G, whether it runs from the last step to the first.
     chunk: steps of a TPU's block; it divides L.
-    target: "cuda" or "tpu", whose blocks and compiler are used.
+    target: "cuda" or "tpu", whose blocks and compiler are used; "loop": a `lax.scan` instead.
     interpret: run it without a compiler, to test it.
   """
 
@@ -72,6 +72,8 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
   Returns:
     The outputs, [G, L, B, planes * H] each.
   """
+  if how.target == "loop":
+    return loop(how, weights, inputs)
   directions, steps, rows, _ = inputs[0].shape
   width, dtype = weights[0].shape[1], inputs[0].dtype
   tile = _tile(how, inputs, rows, width)
