@@ -18,6 +18,7 @@ from absl.testing import flagsaver
 
 from command import ROOT
 from experiments import parity
+from experiments.parity import __main__ as binary
 from experiments.parity.goldens import misa
 
 RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
@@ -123,7 +124,7 @@ def run(path, capsys):
   """Exit code and output of the binary's `main`."""
   with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
     flags.FLAGS(["parity", f"--golden={path}"])
-    parity.main(["parity"])
+    binary.main(["parity"])
   return stop.value.code, capsys.readouterr().out.splitlines()
 
 
