@@ -42,7 +42,9 @@ def import_state(
   system, given = run.recipe.system, settings.plain(config.model)
   params, extra = system.init(jax.random.key(0), run.dataset.spec)
   rules = models.torch_rules(given.pop("name"), **given)
-  params = torch_import.from_torch(params, state, rules, required=system.phases[-1].trains)
+  params, extra = torch_import.variables_from_torch(
+    params, extra, state, rules, required=system.phases[-1].trains
+  )
   return run, {"params": params, "extra": extra}
 
 

@@ -140,6 +140,7 @@ def supervised(
   collections: Sequence[str] = (),
   extra: Callable[[types.Spec], types.Extra] = lambda spec: {},
   on_epoch: Callable | None = None,
+  trains: str = "",
   hessian: str = "reverse",
 ) -> types.System:
   """A system of one network and one phase, "main".
@@ -150,7 +151,7 @@ def supervised(
     head: "a/b/c" path of the layer whose bias [C] tells the number of outputs.
     collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
     extra: `spec -> extra`, what the loss keeps beside them.
-    on_epoch, hessian: of the phase, see `types.Phase`.
+    on_epoch, trains, hessian: of the phase, see `types.Phase`.
 
   Returns:
     The system.
@@ -161,7 +162,7 @@ def supervised(
     params, variables = model.init(key, spec)
     return params, {**variables, **extra(spec)}
 
-  phase = types.Phase("main", model.loss(loss), on_epoch=on_epoch, hessian=hessian)
+  phase = types.Phase("main", model.loss(loss), trains, on_epoch=on_epoch, hessian=hessian)
   return types.System(init, model.predict, (phase,))
 
 
@@ -232,7 +233,7 @@ def _freeze(setting: Any) -> Any:
 
 def _num_outputs(params: types.Params, head: str) -> int:
   layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
-  return layer["bias"].shape[0]
+  return layer["bias"].shape[-1]
 
 
 def _with_weights(params: types.Params, encoder: bert_lib.Setup | None) -> types.Params:

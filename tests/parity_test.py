@@ -18,6 +18,7 @@ from absl.testing import flagsaver
 
 from command import ROOT
 from experiments import parity
+from experiments.parity import __main__ as binary
 from experiments.parity.goldens import misa
 
 RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
@@ -30,9 +31,17 @@ def precision():
 
 
 # Number of gradients, so that a comparison cannot lose some; mmin.npz is without its variants.
-GRADIENTS = {"misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75}
+GRADIENTS = {"lmf": 27, "misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75, "tfn": 30}
 # Large files, which are not copied, and large programs: `pytest -m slow`.
-LARGE = {"almt": 222, "cenet": 84, "lnln": 306, "tetfn": 336, "tfr_net": 522}
+LARGE = {
+  "almt": 222,
+  "cenet": 84,
+  "dmd": 330,
+  "lnln": 306,
+  "mult": 207,
+  "tetfn": 336,
+  "tfr_net": 522,
+}
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -115,7 +124,7 @@ def run(path, capsys):
   """Exit code and output of the binary's `main`."""
   with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
     flags.FLAGS(["parity", f"--golden={path}"])
-    parity.main(["parity"])
+    binary.main(["parity"])
   return stop.value.code, capsys.readouterr().out.splitlines()
 
 

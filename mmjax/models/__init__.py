@@ -4,17 +4,35 @@ import importlib
 from typing import Any
 
 from mmjax import registry, torch_import, types
-from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm, tetfn, tfr_net
+from mmjax.models import (
+  almt,
+  cenet,
+  dmd,
+  lmf,
+  lnln,
+  misa,
+  mmim,
+  mmin,
+  mult,
+  self_mm,
+  tetfn,
+  tfn,
+  tfr_net,
+)
 
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "dmd": dmd.make,
+  "lmf": lmf.make,
   "lnln": lnln.make,
   "misa": misa.make,
   "mmim": mmim.make,
   "mmin": mmin.make,
+  "mult": mult.make,
   "self_mm": self_mm.make,
   "tetfn": tetfn.make,
+  "tfn": tfn.make,
   "tfr_net": tfr_net.make,
 }
 
