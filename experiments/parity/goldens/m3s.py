@@ -159,7 +159,7 @@ def _meta_step(z, mode, case, dtype):
     if not fresh:
       return 0
     data = jax.random.key_data
-    return 1 + jnp.argmax(jnp.all(data(keys.support_mask) == data(mask_key), -1))
+    return 1 + jnp.argmax(jnp.all(data(keys.support_mask) == data(mask_key)[None], -1))
 
   mask = _given_mask(mode, which_of)
   meta_losses = {
