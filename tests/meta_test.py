@@ -598,7 +598,17 @@ def test_the_hessian_mode_is_the_losss_own():
   assert gradient(lambda f: method.wrap(f, key, {}, hessian="symmetric")) == by_mode["mixed"]
 
 
-def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared):
+@pytest.fixture
+def as_parity_runs():
+  """The recorded arrays mix precisions, and so does the code that replays them."""
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+  jax.config.update("jax_numpy_rank_promotion", "allow")
+  yield
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared, as_parity_runs):
   """The recorded 6 + 6 rows cut anew, and the algorithm written out once more for them."""
   z = {
     key: value
@@ -611,9 +621,7 @@ def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared):
       z[key] = np.concatenate([z[key], query[:1]])
   for key in [key for key in z if key.startswith(("input/X2", "mask/feat/X2"))]:
     z[key] = z[key][1:] if np.ndim(z[key]) else z[key]
-  # parity's own code runs without strictness: the recorded arrays mix precisions
-  free = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-  with jax.enable_x64(True), free[0], free[1]:
+  with jax.enable_x64(True):
     params = golden._params(z, np.float64)
     loss = golden._loss_of("feat")
 
@@ -656,8 +664,7 @@ def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared):
       found[f"after_sgd_{order}"] = theta - 0.05 * grads
       found[f"after_adam_{order}"] = theta - 1e-3 * grads / (abs(grads) + 1e-8)
     z.update({f"f64/feat/K2_freshmask/{key}": np.asarray(found[key]) for key in found})
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    compared = list(golden.compare(z))
+  compared = list(golden.compare(z))
   assert len(compared) == 9
   for _, name, ours, recorded in compared:
     np.testing.assert_allclose(ours, recorded, rtol=1e-7, atol=1e-10, err_msg=name)
