@@ -1,6 +1,7 @@
 """Long results (one row per condition and seed) -> mean ± std tables as text, CSV, Markdown."""
 
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,14 @@ import pandas as pd
 from scipy import stats
 
 SEEDS = ("seed", "mask_seed")  # the columns that a table averages over
+
+
+def _welch(a, b) -> float:
+  """p of Welch's two-tailed t-test; NaN where all runs are alike."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are alike, which is no fault
+    test: Any = stats.ttest_ind(a, b, equal_var=False)
+  return float(test.pvalue)
 
 
 def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
@@ -54,7 +63,7 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
     values = {name: part.to_numpy() for name, part in runs[metric].groupby(by, sort=False)}
     for name, value in values.items():
       enough = name != baseline and min(len(value), len(values[baseline])) > 1
-      test: Any = stats.ttest_ind(value, values[baseline], equal_var=False) if enough else None
+      p = _welch(value, values[baseline]) if enough else float("nan")
       found.append(
         {
           "metric": metric,
@@ -63,7 +72,7 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
           "mean": value.mean(),
           "std": value.std(ddof=1) if len(value) > 1 else 0.0,
           "delta": value.mean() - values[baseline].mean(),
-          "p": test.pvalue if test else float("nan"),
+          "p": p,
         }
       )
   return pd.DataFrame(found)

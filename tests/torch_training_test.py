@@ -82,7 +82,7 @@ def test_training_there_and_here(tiny, tmp_path):
   config = make_config()
   dataset = build.load_data(config, str(tiny))
   train = jax.tree.map(jnp.asarray, dataset.train)
-  theirs = SelfMM(*(dim for _, dim, _ in dataset.spec[:3]))
+  theirs = SelfMM(*(modality.dim for modality in dataset.spec[:3]))
   other = [p for n, p in theirs.named_parameters() if not n.startswith(("audio_m", "video_m"))]
   adam = torch.optim.Adam(
     [
