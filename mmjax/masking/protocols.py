@@ -95,11 +95,11 @@ def bernoulli(rate: Rate, *, complete_share: types.Array | float = 0.0) -> types
   return transforms.with_rates(rate, lambda m: 1 + m.valid.shape[-1], mask)
 
 
-def drop(missing: Collection[str]) -> types.MaskFn:
+def drop(missing: str | Collection[str]) -> types.MaskFn:
   """Whole modalities go missing, the same of every sample.
 
   Args:
-    missing: names of the missing modalities.
+    missing: the missing modality, or several.
 
   Returns:
     The mask; it draws nothing.
@@ -107,6 +107,7 @@ def drop(missing: Collection[str]) -> types.MaskFn:
   Raises:
     UsageError: on an unknown modality.
   """
+  missing = (missing,) if isinstance(missing, str) else missing
   transforms.check_names("missing", missing)
 
   def mask(key, batch):
