@@ -145,7 +145,7 @@ def random_drop(
   for subset in subsets:
     transforms.check_names("subsets", subset)
   table = np.array([[name in subset for name in types.MODALITIES] for subset in subsets])
-  bounds = transforms.intervals(rate)
+  bounds: Any = transforms.intervals(rate)
 
   def mask(key, batch):
     keys = transforms.sample_keys(key, batch.index)
