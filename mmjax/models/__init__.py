@@ -4,11 +4,12 @@ import importlib
 from typing import Any
 
 from mmjax import registry, torch_import, types
-from mmjax.models import almt, cenet, lnln, misa, mmim, mmin, self_mm, tetfn, tfr_net
+from mmjax.models import almt, cenet, hrlf, lnln, misa, mmim, mmin, self_mm, tetfn, tfr_net
 
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "hrlf": hrlf.make,
   "lnln": lnln.make,
   "misa": misa.make,
   "mmim": mmim.make,
