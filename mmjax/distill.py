@@ -4,6 +4,7 @@ Equations are those of HRLF (Li et al. 2024, arXiv 2411.02793); "ours" says what
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -137,7 +138,7 @@ def information(
   return -jax.nn.softplus(-joint).mean() - spread / pairs
 
 
-def bind(network: nn.Module, params: types.Params) -> Callable[..., Array]:
+def bind(network: nn.Module, params: types.Params) -> Callable[..., Any]:
   """A small network as a function of its inputs."""
   return lambda *inputs: network.apply({"params": params}, *inputs)
 

@@ -304,21 +304,18 @@ def make(
     total, parts = own_parts(out, batch, frf)
     pairs = list(zip(scales(target, scale_merge), scales(out, scale_merge), strict=True))
     if hmi_weight:
-      parts["hmi"] = sum(
-        distill.information(
-          distill.bind(distill.Statistics(widths[n]), params["statistics"][f"scale_{n}"]),
-          *pair,
-          negatives,
-        )
-        for n, pair in enumerate(pairs)
-      )
+      own = params["statistics"]
+      ts = [distill.bind(distill.Statistics(d), own[f"scale_{n}"]) for n, d in enumerate(widths)]
+      bounds = [distill.information(t, *pair, negatives) for t, pair in zip(ts, pairs, strict=True)]
+      parts["hmi"] = jnp.stack(bounds).sum()
       total -= hmi_weight * parts["hmi"]
     if hal_weight:
-      judge = lambda own, x: Discriminator().apply({"params": own}, x)  # noqa: E731
-      parts["hal"] = sum(
+      judge = lambda own, x: distill.bind(Discriminator(), own)(x)  # noqa: E731
+      games = [
         adversary(judge, params["discriminator"][f"scale_{n}"], *pair, adversary_kind)
         for n, pair in enumerate(pairs)
-      )
+      ]
+      parts["hal"] = jnp.stack(games).sum()
       total += hal_weight * parts["hal"]
     if kl_weight:
       parts["kl"] = distill.divergence(target["prediction"], out["prediction"])
