@@ -128,12 +128,14 @@ def distance(x: Array, y: Array) -> Array:
   return jnp.sqrt(((x - y) ** 2).sum(-1) + 1e-8)
 
 
-def factorization(out: Mapping[str, Array], detach_targets: bool = False) -> dict[str, Array]:
+def factorization(out: Mapping[str, Array], detach_targets: bool = True) -> dict[str, Array]:
   """The losses of FRF: "self", "cross" and "recon" (Eq. 1-3), means of plain L2 norms.
 
   Args:
     out: of `Hrlf` in training.
-    detach_targets: whether the gradient stops at the targets Z and Q.
+    detach_targets: whether the gradient stops at the targets Z and Q (ours: the paper does not say
+      so, but without it the vectors are easiest to restore where all samples have the same one,
+      and there the plain norms, which pull as hard at any distance, hold them).
 
   Returns:
     [] each.
@@ -217,7 +219,7 @@ def make(
   hmi_weight: float = 1.0,
   hal_weight: float = 1.0,
   kl_weight: float = 1.0,
-  detach_targets: bool = False,
+  detach_targets: bool = True,
   scale_merge: str = "stack",
   negatives: str = "all",
   adversary_kind: str = "saturating",
