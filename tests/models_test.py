@@ -41,6 +41,7 @@ SETTINGS = {
     bert=BERT,
   ),
   "cenet": dict(bert=BERT),
+  "corrkd": dict(size=4, heads=2, depth=1, statistics_size=4, teacher_epochs=1, bert=BERT),
   "hrlf": dict(size=4, heads=2, depth=1, teacher_epochs=1, bert=BERT),
   "lnln": dict(
     size=4,
@@ -84,11 +85,12 @@ SETTINGS = {
     hidden_size=4,
     bert=BERT,
   ),
+  "transm": dict(size=4, heads=2, bert=BERT),
 }
 # Systems whose published code reads the frames of padding too.
 READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn", "tfr_net")
 # Systems whose authors publish no code.
-WITHOUT_CODE = ("hrlf",)
+WITHOUT_CODE = ("corrkd", "hrlf", "transm")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.

@@ -4,11 +4,25 @@ import importlib
 from typing import Any
 
 from mmjax import registry, torch_import, types
-from mmjax.models import almt, cenet, hrlf, lnln, misa, mmim, mmin, self_mm, tetfn, tfr_net
+from mmjax.models import (
+  almt,
+  cenet,
+  corrkd,
+  hrlf,
+  lnln,
+  misa,
+  mmim,
+  mmin,
+  self_mm,
+  tetfn,
+  tfr_net,
+  transm,
+)
 
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "corrkd": corrkd.make,
   "hrlf": hrlf.make,
   "lnln": lnln.make,
   "misa": misa.make,
@@ -17,6 +31,7 @@ MODELS = {
   "self_mm": self_mm.make,
   "tetfn": tetfn.make,
   "tfr_net": tfr_net.make,
+  "transm": transm.make,
 }
 
 
