@@ -136,7 +136,7 @@ def prototypes(teacher: Array, student: Array, label: Array, count: int) -> Arra
 
 
 def responses(logits: Array, label: Array) -> tuple[Array, Array]:
-  """The probability of the true class [B, 1], and those of the others among themselves [B, C - 1]."""
+  """Probabilities of the true class [B, 1], and of the others among themselves [B, C - 1]."""
   target = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], 1)
   others = jnp.arange(logits.shape[1] - 1)[None]
   others = others + (others >= label[:, None]).astype(others.dtype)
