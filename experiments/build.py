@@ -208,7 +208,7 @@ def make_run(config: Config, dataset: data.Dataset) -> Run:
   )
   splits = ("valid", "test") if train_settings.log_test or is_oracle(config) else ("valid",)
   condition = valid_condition(config)
-  evaluators = {
+  evaluators: dict[str, Evaluator] = {
     split: evaluate.make_validator(
       system, getattr(dataset, split), dataset.spec, condition, seed=config.seed
     )

@@ -46,7 +46,7 @@ def binary(flag_values: flags.FlagValues, doc: str | None, *, required: Sequence
           print(_help(flag_values, doc or "", required))
           return
         for name in required:
-          if flag_values[name].value in (None, []):
+          if flag_values[name].value in (None, [], ""):
             raise types.UsageError(f"--{name} is missing: {flag_values[name].help}")
         main()
       except types.UsageError as error:
@@ -85,7 +85,7 @@ def _parse(flag_values: flags.FlagValues, argv: list[str]) -> None:
     raise types.UsageError(f"unexpected arguments: {shlex.join(left[1:])}; see --help.")
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # libraries read theirs
-  logging.set_verbosity(flag_values["verbosity"].value)
+  logging.set_verbosity(flag_values["verbosity"].value or 0)
 
 
 def _format_of(flag_values, error) -> str:
@@ -109,20 +109,23 @@ def _help(flag_values, doc, required) -> str:
   return "\n".join(parts)
 
 
-def define_config(flag_values: flags.FlagValues) -> None:
-  """The flags by which a binary is given a config, for `read_config`."""
-  flags.DEFINE_string(
+def define_config(
+  flag_values: flags.FlagValues,
+) -> tuple[flags.FlagHolder[str], flags.FlagHolder[list[str]]]:
+  """The flags by which a binary is given a config: `--config`, and `--set` for its entries."""
+  config = flags.DEFINE_string(
     "config",
-    None,
+    "",
     "Config and dataset, `misa:mosi` or `FILE.py:mosi`; --config.ENTRY=VALUE changes an entry.",
     flag_values=flag_values,
   )
-  define_set(flag_values, "Config entry, train.epochs=9; the same as --config.train.epochs=9.")
+  text = "Config entry, train.epochs=9; the same as --config.train.epochs=9."
+  return config, define_set(flag_values, text)
 
 
-def define_set(flag_values: flags.FlagValues, text: str) -> None:
+def define_set(flag_values: flags.FlagValues, text: str) -> flags.FlagHolder[list[str]]:
   """`--set`, which may be given several times."""
-  flags.DEFINE_multi_string("set", [], text, flag_values=flag_values)
+  return flags.DEFINE_multi_string("set", [], text, flag_values=flag_values)
 
 
 def entries(texts: Sequence[str]) -> dict[str, str]:

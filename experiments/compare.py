@@ -12,6 +12,7 @@ and epochs_{valid,test}.png (metrics against the epoch).
 import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 
 import pandas as pd
 from absl import flags
@@ -21,11 +22,11 @@ from experiments.report import methods, rates
 from mmjax import evaluate, meta, types
 
 _FLAGS = flags.FlagValues()
-cli.define_config(_FLAGS)
+_CONFIG, _SET = cli.define_config(_FLAGS)
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", "data", "Folder of the converted datasets.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of the runs and tables.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", "", "Folder of the runs and tables.", flag_values=_FLAGS)
 _METHODS = flags.DEFINE_list(
   "methods",
   list(meta.METHODS),
@@ -54,22 +55,24 @@ _PROCESSES = flags.DEFINE_integer(
 FEW = 5  # runs, below which a p-value says little
 
 
-def make_variants(training_rates: list[str | None]) -> list[study.Variant]:
+def make_variants(training_rates: Sequence[str | None]) -> list[study.Variant]:
   """A line for each missing rate and method."""
-  sets, found = cli.entries(_FLAGS["set"].value), []
+  sets, found = cli.entries(_SET.value), []
   names = cli.lookup_all("methods", "method", _METHODS.value)
   taken = {n: settings.takes("method", f) for n, f in names.items()}
 
   def serves(entry, name):  # settings of one method are none of another's
     section, _, setting = entry.partition(".")
-    own = section == "method" and setting != "name" and taken[name] is not None
-    return not own or setting.partition(".")[0] in taken[name]
+    known = taken[name]
+    if section != "method" or setting == "name" or known is None:
+      return True
+    return setting.partition(".")[0] in known
 
   for entry in sets:
     if not any(serves(entry, name) for name in names):
       raise types.UsageError(f"--set={entry}=…: none of {', '.join(names)} takes it.")
   for text, name in itertools.product(training_rates, names):
-    config = settings.load(_FLAGS["config"].value)
+    config = settings.load(_CONFIG.value)
     config.train.log_test = True
     short = {"method.name": name, "mask.rate": cli.rate("missing_rate", text)}
     cli.change(config, short, {e: v for e, v in sets.items() if serves(e, name)})
@@ -85,20 +88,21 @@ def main():
   processes.cores_as_devices()
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
   variants = make_variants(_MISSING_RATE.value or [None])
-  trained = [settings.plain(variant.config.mask.rate) for variant in variants]
-  tested = [cli.rate("test_rate", text) for text in _TEST_RATE.value] or list(
-    dict.fromkeys(trained)
-  )
+  trained = [cli.rate_text(settings.plain(v.config.mask.get("rate", ()))) for v in variants]
+  asked = _TEST_RATE.value or list(dict.fromkeys(trained))
+  tested = [rate for text in asked if (rate := cli.rate("test_rate", text))]
 
   def conditions(mask):
     own = [evaluate.rate_condition(*rate, mask=mask) for rate in tested]
-    return own + evaluate.parse_rates("0:0.9:0.1", mask=mask)
+    names = [condition.name for condition in own]
+    curve = evaluate.parse_rates("0:0.9:0.1", mask=mask)
+    return own + [condition for condition in curve if condition.name not in names]
 
   runs = study.Study(variants, seeds, _DATA_DIR.value, _OUT.value)
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_SCHEDULE.value, _PROCESSES.value)
+  runs.train(_SCHEDULE.value, _PROCESSES.value or 1)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
   out, titles = pathlib.Path(_OUT.value), [variant.columns["method"] for variant in variants]
   by = ("missing_rate", "method", "kind", "condition")
@@ -109,6 +113,7 @@ def main():
     rows,
     out,
     pd.read_csv(methods.PAPER),
+    conditions=[evaluate.rate_condition(*rate).name for rate in tested],
     model=config.model.name,
     dataset=config.data.name,
     baseline="ORIG" if "ORIG" in titles else titles[0],

@@ -13,7 +13,7 @@ from experiments.report import rates
 from mmjax import evaluate
 
 _FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", flag_values=_FLAGS)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.", flag_values=_FLAGS)
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Folder of the datasets, if it has moved.", flag_values=_FLAGS
 )

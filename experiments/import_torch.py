@@ -20,14 +20,14 @@ from experiments import build, cli, settings, workdir
 from mmjax import checkpoint, models, torch_import, train
 
 _FLAGS = flags.FlagValues()
-cli.define_config(_FLAGS)
+_CONFIG, _SET = cli.define_config(_FLAGS)
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "The .pth file, or MMIN's folder.", flag_values=_FLAGS
+  "checkpoint", "", "The .pth file, or MMIN's folder.", flag_values=_FLAGS
 )
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", "data", "Folder of the converted datasets.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of the run that is written.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", "", "Folder of the run that is written.", flag_values=_FLAGS)
 
 
 def import_state(
@@ -42,7 +42,9 @@ def import_state(
   system, given = run.recipe.system, settings.plain(config.model)
   params, extra = system.init(jax.random.key(0), run.dataset.spec)
   rules = models.torch_rules(given.pop("name"), **given)
-  params = torch_import.from_torch(params, state, rules, required=system.phases[-1].trains)
+  params, extra = torch_import.variables_from_torch(
+    params, extra, state, rules, required=system.phases[-1].trains
+  )
   return run, {"params": params, "extra": extra}
 
 
@@ -50,12 +52,13 @@ def import_state(
 def main():
   path = pathlib.Path(_CHECKPOINT.value)
   state = torch_import.read_state(path)
-  config = settings.load(_FLAGS["config"].value)
+  config = settings.load(_CONFIG.value)
   if any("bert" in name or name.startswith("text_model.") for name in state):
-    config.data.text = "tokens"  # the checkpoint brings its own encoder
+    config.data.text = "tokens"
+    config.model.bert = dict(from_scratch=True)  # the checkpoint brings its own encoder
     if config.model.get("pooling") in ("first", "mean"):
       config.model.pooling = "first"  # the published one
-  cli.change(config, {}, cli.entries(_FLAGS["set"].value))
+  cli.change(config, {}, cli.entries(_SET.value))
   run, found = import_state(config, state, _DATA_DIR.value)
   asked = {**build.describe(config, _DATA_DIR.value), "imported": path.name}
   folder = workdir.Workdir(_OUT.value, asked, _DATA_DIR.value)

@@ -23,7 +23,7 @@ class Watch:
 
   def __init__(self, told: str = "Stopping after this stretch of steps"):
     self.signal: int | None = None
-    self.on_abort: Callable[[], None] = lambda: None
+    self.on_abort: Callable[[], object] = lambda: None
     self._told = told
 
   def __enter__(self) -> "Watch":

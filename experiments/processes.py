@@ -45,7 +45,8 @@ def cores_as_devices() -> None:
   number of devices, and several of them share the cores already (`run`).
   """
   flags = os.environ.get("XLA_FLAGS", "")
-  if jax.config.jax_num_cpu_devices < 0 and "host_platform_device_count" not in flags:
+  asked: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+  if asked < 0 and "host_platform_device_count" not in flags:
     cores = len(_cores()) or os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # too late: something ran already in this process
       jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
@@ -119,7 +120,7 @@ def run(trainings: Sequence[Training], count: int, watch: interrupts.Watch) -> N
       free.append(child.slot)
       output, errors = child.end()
       if child.process.returncode == 0:
-        print(f"{child.training.name}: {output.splitlines()[0]}", flush=True)
+        print(f"{child.training.name}: {output.splitlines()[0].removesuffix(' Next:')}", flush=True)
       elif not passed_on:
         failed.append((child.training, output, errors))
     if watch.signal is not None and not running:

@@ -32,7 +32,7 @@ def define(flag_values: flags.FlagValues) -> None:
   string = lambda *a: flags.DEFINE_string(*a, flag_values=flag_values)  # noqa: E731
   string("dataset", "mosi", "Name of the converted dataset.")
   string("data_dir", "data", "Folder of the converted datasets.")
-  string("out", None, "Folder of the runs and of the report.")
+  string("out", "", "Folder of the runs and of the report.")
   string("method", None, f"{cli.METHOD_HELP} Of all; spl if unset.")
   string("missing_rate", None, "Missing rate in training, one or LOW,HIGH; 0,1 if unset.")
   string("valid_rate", VALID_RATE, "Missing rate at which epochs are selected, one or LOW,HIGH.")
@@ -84,7 +84,7 @@ class Protocol:
   """
 
   def __init__(self, flag_values: flags.FlagValues, models: Sequence[str]):
-    self._value = {name: flag_values[name].value for name in flag_values}
+    self._value: dict[str, Any] = {name: flag_values[name].value for name in flag_values}
     self.dataset, self.data_dir = self._value["dataset"], self._value["data_dir"]
     self.out = pathlib.Path(self._value["out"])
     self.seeds = cli.seeds("seeds", self._value["seeds"])

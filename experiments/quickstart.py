@@ -9,6 +9,7 @@ M³S at a missing rate of 0.4-0.6, and compares the three at every missing rate.
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import flags
 
@@ -73,7 +74,7 @@ def main():
       sys.exit(128 + (watch.signal or 0))
   print()
   table = rates.write(rows, out, by=("method", "kind", "condition"), lines="method")
-  mean = table.groupby("method", sort=False)["mae"].mean()
+  mean: Any = table.groupby("method", sort=False)["mae"].mean()
   print(
     "\nMAE averaged over all missing rates: "
     + ", ".join(f"{name} {value:.3f}" for name, value in mean.items())

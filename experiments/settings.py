@@ -9,6 +9,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import types as python_types
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from mmjax import data, masking, meta, models, optim, registry, stream, types
+from mmjax import bert, data, masking, meta, models, optim, registry, stream, types
 
 Config = Any  # an ml_collections.ConfigDict, whose entries have no types to check
 CONFIGS = pathlib.Path(__file__).with_name("configs")
@@ -85,20 +86,37 @@ def known(config: Config, path: tuple[str, ...]) -> dict[str, Any] | None:
   """The entries that may stand at a path, with their defaults; None if any may."""
   if not path:
     return dict.fromkeys([*config, "phase_optimizer"])
-  if path[-1] == "optimizer" or (path[0] == "phase_optimizer" and len(path) == 2):
-    return takes("optimizer", optim.make)
-  if len(path) > 1 or path[0] == "phase_optimizer":
+  section, depth = path[0], len(path)
+  if path[-1] == "optimizer" or (section == "phase_optimizer" and depth == 2):
+    return _optimizer_takes(config, path)
+  if path == ("model", "bert"):
+    return dict.fromkeys(bert.SETTINGS)
+  if depth > 1 or section == "phase_optimizer":
     return None
-  if path[0] in REGISTRIES:
-    found = takes(path[0], factory(config, path[0]))
+  if section in REGISTRIES:
+    found = takes(section, factory(config, section))
     return found if found is None else found | {"name": ""}
-  if path[0] == "valid":
+  if section == "valid":
     found = takes("mask", factory(config, "mask"))
     return found if found is None else found | {"complete_share": 0.0}
-  if path[0] == "data":
+  if section == "data":
     found = (takes("data", load) for load in (data.from_arrays, stream.open_dataset))
     return {k: v for taken in found for k, v in (taken or {}).items()} | {"stream": False}
-  return dict(config[path[0]])
+  return dict(config[section])
+
+
+def _optimizer_takes(config: Config, path: tuple[str, ...]) -> dict[str, Any] | None:
+  """The settings of `optim.make`, and of the optimizer that an entry names."""
+  named = config.optimizer if path[0] == "phase_optimizer" else {}
+  for section in path:
+    config = config.get(section, {})
+  found = optim.OPTIMIZERS.get(config.get("name", named.get("name", "")))
+  own = registry.settings_of(found) if found else None
+  if own is None:
+    return None
+  common = inspect.signature(optim.make).parameters.values()
+  listed = {p.name: p.default for p in common if p.kind is p.KEYWORD_ONLY}
+  return {k: v for k, v in (own | listed).items() if k not in NEVER["optimizer"]}
 
 
 def switch(config: Config, section: str, name: str) -> None:
@@ -169,8 +187,9 @@ def _check_known(config, path, entry, name) -> dict[str, Any]:
   )
 
 
-def _convert(name: str, value: Any, like: Any) -> Any:
+def _convert(name: str, given: Any, like: Any) -> Any:
   """A value, or the text of one, as the entry `name` that has been `like` this."""
+  value: Any = given
   if isinstance(like, str):
     return str(value)
   if isinstance(value, str):
@@ -185,7 +204,7 @@ def _convert(name: str, value: Any, like: Any) -> Any:
     value = int(value) if right else value
   elif isinstance(like, float):  # a rate may be an interval, a learning rate a schedule
     right, kind = number or isinstance(value, tuple | Mapping), "a number"
-    value = float(value) if number else value
+    value = float(str(value)) if number else value
   elif isinstance(like, tuple):
     right = isinstance(value, tuple) or number or (isinstance(value, str) and value != "")
     kind = "a list, as 1,2"
@@ -248,4 +267,5 @@ def lines(config: Config) -> Iterable[str]:
       if not any(key.startswith(f"{section}.{name}") for key in found)
     }
   for name in sorted(found):
-    yield f"--config.{name}={found[name]}"
+    value = found[name]
+    yield f"--config.{name}={'(needed)' if value is inspect.Parameter.empty else value}"

@@ -18,12 +18,12 @@ from experiments import build, cli, interrupts, loop, settings, workdir
 from mmjax import checkpoint, train, types
 
 _FLAGS = flags.FlagValues()
-cli.define_config(_FLAGS)
+_CONFIG, _SET = cli.define_config(_FLAGS)
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "Folder of the datasets; `data`, or the folder's own.", flag_values=_FLAGS
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of this run: config, log, checkpoints.", flag_values=_FLAGS
+  "workdir", "", "Folder of this run: config, log, checkpoints.", flag_values=_FLAGS
 )
 _METHOD = flags.DEFINE_string("method", None, cli.METHOD_HELP, flag_values=_FLAGS)
 _MISSING_RATE = flags.DEFINE_string("missing_rate", None, cli.RATE_HELP, flag_values=_FLAGS)
@@ -59,8 +59,8 @@ def join(hosts: str) -> None:
 
 def read() -> tuple[settings.Config, str]:
   """The config that the flags ask for, or that the folder has; and the folder of the data."""
-  if _FLAGS["config"].value:
-    config, data_dir = settings.load(_FLAGS["config"].value), "data"
+  if _CONFIG.value:
+    config, data_dir = settings.load(_CONFIG.value), "data"
   else:
     try:
       found = workdir.read_config(_WORKDIR.value)
@@ -72,7 +72,7 @@ def read() -> tuple[settings.Config, str]:
     "mask.rate": cli.rate("missing_rate", _MISSING_RATE.value),
     "seed": _SEED.value,
   }
-  return cli.change(config, short, cli.entries(_FLAGS["set"].value)), _DATA_DIR.value or data_dir
+  return cli.change(config, short, cli.entries(_SET.value)), _DATA_DIR.value or data_dir
 
 
 @cli.binary(_FLAGS, __doc__, required=["workdir"])

@@ -39,6 +39,10 @@ class BertConfig(NamedTuple):
   initializer_range: float = 0.02
 
 
+# What a model's `bert` may say, see `setup`.
+SETTINGS = ("folder", "from_scratch", *BertConfig._fields)
+
+
 class BertFolderError(types.UsageError):
   """A folder does not hold a BERT that can be read."""
 

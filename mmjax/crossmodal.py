@@ -1,5 +1,6 @@
-"""The crossmodal Transformer of MulT (Tsai et al. 2019), as TETFN and TFR-Net use it."""
+"""The crossmodal Transformer of MulT (Tsai et al. 2019), as TETFN, TFR-Net and DMD use it too."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -38,6 +39,7 @@ class CrossmodalLayer(nn.Module):
   relu_dropout: float
   residual_dropout: float
   causal: bool
+  xavier: bool
 
   @nn.compact
   def __call__(self, x: Array, source: Array | None) -> Array:
@@ -46,13 +48,17 @@ class CrossmodalLayer(nn.Module):
     y = norm(x)
     source = y if source is None else norm(source)
     mask = future(x.shape[1], source.shape[1]) if self.causal else None
-    y = layers.MultiHeadAttention(self.heads, self.attention_dropout, name="attention")(
-      y, source, mask=mask
-    )
+    init, dense = None, layers.Dense
+    if self.xavier:
+      init = nn.initializers.xavier_uniform()
+      dense = functools.partial(nn.Dense, kernel_init=init)
+    y = layers.MultiHeadAttention(
+      self.heads, self.attention_dropout, out_init=init, name="attention"
+    )(y, source, mask=mask)
     x = x + drop(y)
-    y = jax.nn.relu(layers.Dense(4 * x.shape[-1], name="fc1")(layers.LayerNorm(name="norm1")(x)))
+    y = jax.nn.relu(dense(4 * x.shape[-1], name="fc1")(layers.LayerNorm(name="norm1")(x)))
     y = layers.Dropout(self.relu_dropout)(y)
-    return x + drop(layers.Dense(x.shape[-1], name="fc2")(y))
+    return x + drop(dense(x.shape[-1], name="fc2")(y))
 
 
 class CrossmodalTransformer(nn.Module):
@@ -63,6 +69,8 @@ class CrossmodalTransformer(nn.Module):
     attention_dropout, relu_dropout, residual_dropout, embedding_dropout: rates.
     causal: whether no step sees later ones.
     positions: whether sinusoids are added.
+    xavier: whether all kernels start as the published ones do (and biases at 0), else as
+      PyTorch's own layers.
   """
 
   heads: int
@@ -73,6 +81,7 @@ class CrossmodalTransformer(nn.Module):
   embedding_dropout: float = 0.0
   causal: bool = True
   positions: bool = False
+  xavier: bool = False
 
   @nn.compact
   def __call__(self, x: Array, source: Array | None = None) -> Array:
@@ -91,6 +100,7 @@ class CrossmodalTransformer(nn.Module):
         self.relu_dropout,
         self.residual_dropout,
         self.causal,
+        self.xavier,
         name=f"layer_{n}",
       )(x, source)
     return layers.LayerNorm(name="norm")(x)

@@ -66,7 +66,7 @@ def rate_condition(
       f"missing rates {low:g}, {high:g} are not within [0, 1] in rising order."
     )
   name = f"{low:g}" if low == high else f"{low:g}-{high:g}"
-  return _condition("rate", name, mask, np.tile(np.float32([low, high]), (3, 1)))
+  return _condition("rate", name, mask, np.tile(np.array([low, high], np.float32), (3, 1)))
 
 
 def missing_condition(
@@ -269,6 +269,8 @@ def make_validator(
   def validate(params, extra):
     return metrics.compute(spec, grid(params, extra)[0, 0], split.label)
 
+  # so that a trainer need not evaluate to know them
+  validate.names = metrics.names(spec)  # pyright: ignore[reportFunctionMemberAccess]
   return validate
 
 

@@ -7,6 +7,7 @@ Every module is a linen module; dropout is on where a "dropout" key is given to 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -83,7 +84,7 @@ class Conv1d(nn.Module):
     steps = x.shape[1] - self.width + 1
     init = self.kernel_init or uniform(1 / math.sqrt(self.width * x.shape[-1]))
     kernel = self.param("kernel", init, (self.width, x.shape[-1], self.features))
-    y = sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width))
+    y: Any = sum(x[:, n : n + steps] @ kernel[n] for n in range(self.width))
     if self.use_bias:
       y = y + _last(self.param("bias", nn.initializers.zeros, (self.features,)), y.ndim)
     return y
@@ -199,19 +200,7 @@ class GRU(nn.Module):
     w_ih = self.param("w_ih", init, (x.shape[-1], 3 * hidden))
     w_hh = self.param("w_hh", init, (hidden, 3 * hidden))
     b_ih, b_hh = (self.param(name, init, (3 * hidden,)) for name in ("b_ih", "b_hh"))
-
-    def step(h, inputs):
-      projected, valid = inputs
-      r, z, n = jnp.split(projected, 3, -1)
-      h_r, h_z, h_n = jnp.split(h @ w_hh + b_hh[None], 3, -1)
-      z = jax.nn.sigmoid(z + h_z)
-      new = (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + h_r) * h_n) + z * h
-      valid = valid[:, None]
-      return jnp.where(valid, new, h), jnp.where(valid, new, 0)
-
-    projected = (x @ w_ih + b_ih[None, None]).swapaxes(0, 1)
-    zero = jnp.zeros((x.shape[0], hidden), projected.dtype)
-    return jax.lax.scan(step, zero, (projected, valid.T), reverse=self.reverse)[1].swapaxes(0, 1)
+    return recurrence.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse=self.reverse)
 
 
 class BiGRU(nn.Module):
@@ -236,10 +225,12 @@ class MultiHeadAttention(nn.Module):
   Attributes:
     heads: number of heads; they split D.
     dropout: of the attention weights.
+    out_init: of the output's kernel; U(±1/√D) by default.
   """
 
   heads: int
   dropout: float = 0.0
+  out_init: Callable | None = None
 
   @nn.compact
   def __call__(
@@ -286,7 +277,8 @@ class MultiHeadAttention(nn.Module):
     weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
     y = jnp.einsum("bnlm,bnmc->bnlc", weights, v)
     y = y.swapaxes(1, 2).reshape(*query.shape)
-    out_kernel = self.param("out_kernel", uniform(1 / math.sqrt(width)), (width, width))
+    out_init = self.out_init or uniform(1 / math.sqrt(width))
+    out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
     return y @ out_kernel + _last(out_bias, 3)
 

@@ -7,6 +7,7 @@ Elementwise losses return one value per element or sample, and the caller reduce
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -203,7 +204,8 @@ def weighted_sum(terms: Mapping[str, tuple[chex.Numeric, types.LossFn]]) -> type
   """
 
   def loss(params, batch, key, extra):
-    total, metrics = 0.0, {}
+    total: Any = 0.0
+    metrics = {}
     for i, (name, (weight, term)) in enumerate(terms.items()):
       term_key = None if key is None else jax.random.fold_in(key, i)
       value, aux = term(params, batch, term_key, extra)

@@ -196,7 +196,7 @@ def sims(prediction: ArrayLike, label: ArrayLike, *, swapped: bool = False) -> M
   p, y = (np.clip(x, -1, 1) for x in _flat(prediction, label))
   found = _errors(p, y)
   for classes, ends in ((2, [0]), (3, [-0.1, 0.1]), (5, [-0.7, -0.1, 0.1, 0.7])):
-    binned = [np.digitize(x, np.float32(ends), right=True) for x in (p, y)]
+    binned = [np.digitize(x, np.array(ends, np.float32), right=True) for x in (p, y)]
     found[f"acc{classes}"] = _accuracy(*binned)
     if classes == 2:
       found["f1"] = _weighted_f1(*binned)
@@ -289,7 +289,7 @@ def _accuracy(p: np.ndarray, y: np.ndarray) -> float:
 def _weighted_f1(p: np.ndarray, y: np.ndarray) -> float:
   if not len(y):
     return float("nan")
-  return float(f1_score(y, p, average="weighted", zero_division=0))
+  return float(f1_score(y, p, average="weighted", zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 _BINNED = ("sentiment", "sims")

@@ -331,7 +331,8 @@ def make(
     name: a key of `OPTIMIZERS`, such as "adam", "adamw" or "sgd".
     weight_decay: decoupled where the optimizer has one of its own (adamw, lion …), else an L2
       term that is added to the gradient.
-    clip_value: clips each gradient entry to [-clip_value, clip_value].
+    clip_value: clips each gradient entry to [-clip_value, clip_value]; of sums (`accumulate`),
+      after every step that adds to them.
     clip_norm: clips the global norm over all parameters.
     accumulate: number of steps whose gradients are summed before each update.
     plateau: settings of `reduce_on_plateau`, which the trainer feeds, or None.
@@ -382,7 +383,16 @@ def make(
     steps.append(_call("schedule", "plateau", reduce_on_plateau, plateau))
   optimizer = optax.chain(*steps)
   if accumulate > 1:  # PyTorch adds the gradients of several backward passes up
+    limit = float("inf") if clip_value is None else clip_value
     multi = optax.MultiSteps(optimizer, accumulate, use_grad_mean=False)
-    update: Any = multi.update  # which takes extra arguments
+
+    def clipped(added, done):  # the sum, as PyTorch does it after every backward pass
+      return jnp.clip(done + added, -limit, limit) - done
+
+    def update(updates, state, params=None, **extra_args):
+      if clip_value is not None:
+        updates = jax.tree.map(clipped, updates, state.acc_grads)
+      return multi.update(updates, state, params, **extra_args)
+
     optimizer = optax.GradientTransformationExtraArgs(multi.init, update)
   return in_float32(optimizer)

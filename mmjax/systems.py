@@ -34,7 +34,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import flax.core
 import flax.linen as nn
 import jax
@@ -52,7 +51,7 @@ class OutputLoss(Protocol):
 
   def __call__(
     self, out: dict[str, types.Array], batch: types.Batch, extra: types.Extra
-  ) -> tuple[chex.Scalar, types.Aux]:
+  ) -> tuple[types.Array, types.Aux]:
     """The loss.
 
     Args:
@@ -101,21 +100,26 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
     collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
 
   Returns:
-    The functions. Where the network has a BERT with a folder, `init` puts its weights in.
+    The functions. Where the network has a BERT, `init` refuses text that it cannot read, and puts
+    the weights of its folder in.
   """
   takes_train = "train" in inspect.signature(type(network).__call__).parameters
 
-  def told(train):
+  def told(train) -> dict[str, Any]:
     return {"train": train} if takes_train else {}
 
+  encoder: bert_lib.Setup | None = getattr(network, "bert", None)
+
   def init(key, spec):
+    if encoder is not None:
+      encoder.check(spec)
     module = network.clone(num_outputs=spec.num_classes or 1)
     example = types.example_batch(spec)
     variables = dict(jax.jit(lambda key: module.init(key, example, **told(True)))(key))
     params = variables.pop("params")
     if variables.keys() != set(collections):
       raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")
-    return _with_weights(params, getattr(network, "bert", None)), variables
+    return _with_weights(params, encoder), variables
 
   def apply(params, batch, extra, key=None, train=False):
     module = network.clone(num_outputs=_num_outputs(params, head))
@@ -136,6 +140,7 @@ def supervised(
   collections: Sequence[str] = (),
   extra: Callable[[types.Spec], types.Extra] = lambda spec: {},
   on_epoch: Callable | None = None,
+  trains: str = "",
   hessian: str = "reverse",
 ) -> types.System:
   """A system of one network and one phase, "main".
@@ -146,7 +151,7 @@ def supervised(
     head: "a/b/c" path of the layer whose bias [C] tells the number of outputs.
     collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
     extra: `spec -> extra`, what the loss keeps beside them.
-    on_epoch, hessian: of the phase, see `types.Phase`.
+    on_epoch, trains, hessian: of the phase, see `types.Phase`.
 
   Returns:
     The system.
@@ -157,7 +162,7 @@ def supervised(
     params, variables = model.init(key, spec)
     return params, {**variables, **extra(spec)}
 
-  phase = types.Phase("main", model.loss(loss), on_epoch=on_epoch, hessian=hessian)
+  phase = types.Phase("main", model.loss(loss), trains, on_epoch=on_epoch, hessian=hessian)
   return types.System(init, model.predict, (phase,))
 
 
@@ -228,7 +233,7 @@ def _freeze(setting: Any) -> Any:
 
 def _num_outputs(params: types.Params, head: str) -> int:
   layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
-  return layer["bias"].shape[0]
+  return layer["bias"].shape[-1]
 
 
 def _with_weights(params: types.Params, encoder: bert_lib.Setup | None) -> types.Params:

@@ -1,12 +1,22 @@
 """Long results (one row per condition and seed) -> mean ± std tables as text, CSV, Markdown."""
 
 import pathlib
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from scipy import stats
 
 SEEDS = ("seed", "mask_seed")  # the columns that a table averages over
+
+
+def _welch(a, b) -> float:
+  """p of Welch's two-tailed t-test; NaN where all runs are alike."""
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # of runs that are alike, which is no fault
+    test: Any = stats.ttest_ind(a, b, equal_var=False)
+  return float(test.pvalue)
 
 
 def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
@@ -22,7 +32,7 @@ def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
   """
   frame = pd.DataFrame(rows)
   names = [c for c in frame.columns if c not in (*by, *SEEDS) and frame[c].dtype.kind in "fiu"]
-  groups = frame.groupby(list(by), sort=False)[names]
+  groups: Any = frame.groupby(list(by), sort=False)[names]
   mean, std = groups.mean(), groups.std(ddof=1).fillna(0.0)
   table = mean.join(std.add_suffix("_std"))
   columns = [column for name in names for column in (name, f"{name}_std")]
@@ -47,13 +57,13 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
     for the baseline itself and below two runs).
   """
   frame = pd.DataFrame(rows)
-  runs = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
+  runs: Any = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
   found = []
   for metric in (name for name in runs.columns if name not in SEEDS):
     values = {name: part.to_numpy() for name, part in runs[metric].groupby(by, sort=False)}
     for name, value in values.items():
       enough = name != baseline and min(len(value), len(values[baseline])) > 1
-      test = stats.ttest_ind(value, values[baseline], equal_var=False) if enough else None
+      p = _welch(value, values[baseline]) if enough else float("nan")
       found.append(
         {
           "metric": metric,
@@ -62,7 +72,7 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
           "mean": value.mean(),
           "std": value.std(ddof=1) if len(value) > 1 else 0.0,
           "delta": value.mean() - values[baseline].mean(),
-          "p": test.pvalue if test else float("nan"),
+          "p": p,
         }
       )
   return pd.DataFrame(found)
@@ -107,7 +117,7 @@ def pivot(
     ValueError: if it has a pair twice.
   """
   rows = [rows] if isinstance(rows, str) else list(rows)
-  found = table[[*rows, columns]].assign(cell=readable(table, digits)[metric])
+  found: Any = table[[*rows, columns]].assign(cell=readable(table, digits)[metric])
   matrix = found.set_index([*rows, columns])["cell"].unstack()
   order = found[rows].drop_duplicates()
   matrix = matrix.reindex(pd.MultiIndex.from_frame(order) if len(rows) > 1 else order[rows[0]])

@@ -245,6 +245,30 @@ def from_torch(
   return flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
 
 
+def variables_from_torch(
+  params: types.Params,
+  extra: types.Extra,
+  state: Mapping[str, np.ndarray],
+  rules: Rules,
+  *,
+  required: str = "",
+) -> tuple[types.Params, types.Extra]:
+  """`from_torch` for a system whose rules also name paths below "batch_stats/", of `extra`.
+
+  Args:
+    params, extra: the templates.
+    state, rules, required: see `from_torch`.
+
+  Returns:
+    Parameters and `extra` with the state's values.
+  """
+  known = any(target and target.startswith("batch_stats/") for _, target in rules)
+  statistics = {"batch_stats": extra["batch_stats"]} if known else {}
+  found = from_torch({**params, **statistics}, state, rules, required=required)
+  statistics = {name: found.pop(name) for name in statistics}
+  return found, {**extra, **statistics}
+
+
 def to_torch(
   params: types.Params, shapes: Mapping[str, Sequence[int]], rules: Rules
 ) -> dict[str, np.ndarray]:

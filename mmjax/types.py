@@ -7,7 +7,6 @@ tokens) of one modality and D for its feature channels.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +62,7 @@ def modality(x: Any, valid: Any = None, seen: Any = None, *, fill: float | None 
   """
   if x.ndim not in (2, 3):
     raise ValueError(f"a modality is [B, L, D] features or [B, L] token ids, got {x.shape}.")
-  xp: Any = np if isinstance(x, np.ndarray) else jnp
+  xp: Any = (jnp, np)[isinstance(x, np.ndarray)]
   tokens = x.ndim == 2
   valid = xp.ones(x.shape[:2], bool) if valid is None else xp.asarray(valid, bool)
   if seen is None:
@@ -171,7 +170,7 @@ class LossFn(Protocol):
 
   def __call__(
     self, params: Params, batch: Batch, key: PRNGKey | None, extra: Extra
-  ) -> tuple[chex.Scalar, Aux]:
+  ) -> tuple[Array, Aux]:
     """The loss of a batch.
 
     Args:

@@ -2,32 +2,18 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
 
 import chex
-import orbax.checkpoint as ocp
 import pytest
 
-from command import call, refused, start
-from data_prep import convert
+from command import ROOT, call, final, refused, start
 from experiments import workdir
-from mmjax import synthetic
 
 EPOCHS = 12
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("binaries")
-  synthetic.write_pickle(
-    folder / "tiny.pkl", synthetic.make_arrays(seed=1, num_train=64, num_valid=24, num_test=24)
-  )
-  convert.convert(folder / "tiny.pkl", "tiny", folder / "data")
-  return folder
 
 
 def flags(folder, name, *more):
@@ -40,12 +26,6 @@ def flags(folder, name, *more):
     f"--workdir={folder / name}",
     *more,
   )
-
-
-def final(path):
-  """Everything in the newest checkpoint of a run."""
-  with ocp.CheckpointManager(path / "checkpoints") as checkpoints:
-    return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore())
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +89,15 @@ def test_a_second_signal_aborts_whatever_the_program_does():
     "  os.kill(os.getpid(), signal.SIGINT); print('ready', flush=True)\n"
     "  time.sleep(60)\n"
   )
-  process = subprocess.Popen(
-    [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
-  assert process.stdout is not None
-  lines = [process.stdout.readline(), process.stdout.readline()]
-  assert any("once more to abort" in line for line in lines)
-  process.send_signal(signal.SIGINT)
-  assert process.wait(20) == 128 + signal.SIGINT
+  command = [sys.executable, "-c", code]
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as process:
+    assert process.stdout is not None
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    assert any("once more to abort" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 128 + signal.SIGINT
 
 
 def test_a_folder_of_another_config_is_refused(folder, whole):
@@ -232,7 +213,7 @@ def blinks(rate=0.5, *, softer: float = 1.0):
 
 
 def patient(mask, *, weight: float = 1.0):
-  return meta.spl(mask)._replace(title="Patient")
+  return meta.METHODS["spl"](mask)._replace(title="Patient")
 """
 CONFIG = """
 from experiments.configs import common
@@ -267,7 +248,7 @@ def test_own_model_mask_and_method_from_a_folder_of_ones_own(folder, tmp_path, m
   code, output = call("evaluate", f"--workdir={run}", "--rates=0,0.8", "--mask_seeds=1")
   assert code == 0 and "±" not in output.split("Curves")[0], output
   # its trainings are processes of their own
-  paths = (str(tmp_path), str(pathlib.Path(__file__).parents[1]))
+  paths = (str(tmp_path), str(ROOT))
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
   code, output = call(
     "robustness",

@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import orbax.checkpoint as ocp
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -39,3 +41,9 @@ def refused(binary, *argv):
   line = output.splitlines()[-1]
   assert code == 1 and line.startswith("error: ") and "Traceback" not in output, output
   return line
+
+
+def final(path):
+  """Everything in the newest checkpoint of a run."""
+  with ocp.CheckpointManager(path / "checkpoints") as checkpoints:
+    return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore())

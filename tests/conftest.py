@@ -1,12 +1,64 @@
-"""What several test files share."""
+"""Fixtures that several test files share, and JAX's settings for all of them."""
 
-import jax
-import pytest
+import os
+import pathlib
+
+# Before JAX is imported, and for the processes that tests start: strict promotion. Compiling costs
+# most of the time, and half of it is optimizing, which tiny shapes do not need; programs are kept
+# for other workers and the next run of pytest.
+PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import pytest  # noqa: E402
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared():
+  """`shared(path)`: a file of ../shared. Without it a test skips; in CI (CI=true) it fails."""
+
+  def find(path):
+    path = SHARED / path
+    if not path.exists():
+      tell = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+      tell(f"{path} is not here")
+    return path
+
+  return find
+
+
+@pytest.fixture(scope="session")
+def convert():
+  """`convert(folder, name, rows)`: synthetic data as `folder/NAME.pkl` and as a dataset there."""
+
+  def write(folder, name, rows, seed=1, **kwargs):
+    from data_prep import convert
+    from mmjax import synthetic
+
+    sizes = dict(zip(("num_train", "num_valid", "num_test"), rows, strict=True))
+    arrays = synthetic.make_arrays(seed=seed, **sizes)
+    path = synthetic.write_pickle(folder / f"{name}.pkl", arrays)
+    convert.convert(path, name, folder, **kwargs)
+
+  return write
+
+
+@pytest.fixture(scope="session")
+def tiny(convert, tmp_path_factory):
+  """A folder with the dataset "tiny"."""
+  folder = tmp_path_factory.mktemp("tiny")
+  convert(folder, "tiny", (64, 24, 24))
+  return folder
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-  """Tiny shapes: compiling takes all the time, and half of it is optimizing."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+def folder(tiny, tmp_path_factory):
+  """A folder for runs; its entry "data" leads to the dataset "tiny"."""
+  folder = tmp_path_factory.mktemp("runs")
+  (folder / "data").symlink_to(tiny)
+  return folder

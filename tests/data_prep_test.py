@@ -2,7 +2,6 @@ import collections
 import copy
 import json
 import os
-import pathlib
 import pickle
 import signal
 import subprocess
@@ -13,10 +12,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from command import ROOT
 from data_prep import card, check, convert, unpickle
 from mmjax import data, padding, synthetic
 
-ROOT = pathlib.Path(__file__).parents[1]
 ARRAYS = synthetic.make_arrays(seed=2, num_train=12, num_valid=4, num_test=4)
 
 

@@ -45,6 +45,15 @@ def test_aligned_data_take_the_texts_lengths():
   np.testing.assert_array_equal(text.valid, train.text.valid)
 
 
+def test_states_and_ids_of_different_lengths_have_steps_of_their_own():
+  fields = dict(ARRAYS["train"])
+  fields["text"] = fields["text"][:, :12]
+  for text, steps in (("features", 12), (None, 12), ("tokens", 20)):
+    assert data.valid_steps(fields, text)["text"].shape == (9, steps)
+  del fields["text"]
+  assert data.valid_steps(fields)["text"].shape == (9, 20)
+
+
 def test_standardizing_uses_the_valid_training_steps():
   plain = data.from_arrays(ARRAYS, name="any")
   scaled = data.from_arrays(ARRAYS, name="any", standardize=True)
@@ -118,3 +127,14 @@ def test_names_are_known_as_a_whole():
     labels = np.array([-2.5, 9.0], np.float32)
     train = data.from_arrays(ARRAYS, name="any").train
     assert data.make_spec(train, labels, name, "regression", None).label_range == expected
+
+
+def test_labels_beyond_a_given_range_are_refused():
+  with pytest.raises(data.DataError, match="labels from -1 to 1"):
+    data.from_arrays(ARRAYS, name="any", label_range=(-1.0, 1.0))
+
+
+def test_what_is_loaded_is_known_by_its_name(monkeypatch):
+  monkeypatch.setattr(data, "read_arrays", lambda folder, name: ARRAYS)
+  assert data.load("", "mosi").spec.label_range == (-3.0, 3.0)
+  assert data.load("", "any").spec.label_range != (-3.0, 3.0)

@@ -83,6 +83,27 @@ def test_lstm_never_reads_padding(x, valid, reverse):
   np.testing.assert_allclose(final[:1], alone_final, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("module", [layers.LSTM(H), layers.BiLSTM(H), layers.GRU(H)])
+def test_recurrences_take_features_of_half_precision(x, valid, module, dtype):
+  """As they take the same values in float32, the parameters' type."""
+  half = jnp.asarray(x, dtype)
+  params = init(module, x, valid)
+
+  def loss(params, x):
+    return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(module.apply(params, x, valid)))
+
+  gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  with jax.numpy_dtype_promotion("standard"):
+    value, (grads, grad_x) = gradient(params, half)
+  expected, (their_grads, their_grad_x) = gradient(params, half.astype(jnp.float32))
+  assert value.dtype == jnp.float32 and grad_x.dtype == dtype
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  eps = float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(grad_x.astype(jnp.float32), their_grad_x, rtol=2 * eps, atol=2 * eps)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, their_grads)
+
+
 def test_two_biases_move_apart_from_one():
   """Each of the two gets the whole gradient, as in PyTorch."""
   module = layers.LSTM(H)
@@ -141,7 +162,7 @@ def test_encoder_layer_is_pytorchs(valid):
   params = imported(module, reference, torch_import.encoder_layer_rules("m", "m"), x)
   ours = jax.jit(module.apply)(params, x, valid)
   kept = valid[..., None]  # what stands on padding differs, and nobody reads it
-  np.testing.assert_allclose(ours * kept, theirs.detach().numpy() * kept, atol=2e-5)
+  np.testing.assert_allclose(np.asarray(ours) * kept, theirs.detach().numpy() * kept, atol=2e-5)
 
 
 def test_initialisers_have_pytorchs_ranges():

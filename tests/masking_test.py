@@ -382,6 +382,14 @@ def test_masks_rewrite_seen_only_and_never_give_back():
     chex.assert_trees_all_equal(after, before)
 
 
+def test_complete_shows_everything_and_complement_what_is_hidden():
+  masked = draw(masking.span(0.5), make_batch(tokens=False))
+  assert all(seen.all() for seen in seen_of(masking.complete(masked)).values())
+  for name, seen in seen_of(masking.complement(masked)).items():
+    np.testing.assert_array_equal(seen, ~np.asarray(getattr(masked, name).seen))
+    assert seen.any() and not seen.all()
+
+
 # --- independence of the batch, compilation
 
 

@@ -1,5 +1,4 @@
 import functools
-import pathlib
 import re
 
 import chex
@@ -13,9 +12,6 @@ import toy
 from experiments import parity
 from experiments.parity.goldens import m3s as golden
 from mmjax import layers, masking, meta, optim, registry, types
-
-RECORDED = pathlib.Path(__file__).parents[1].parent / "shared" / "parity" / "m3s.npz"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def no_mask(key, batch):
@@ -314,7 +310,7 @@ def test_remat_trades_products_for_memory_and_changes_no_gradient(mode):
 
 def test_mixed_mode_keeps_the_gradients_of_a_nonlinear_optimizer():
   """Adam's backward pass reads them: they must not be computed a third time."""
-  sgd, adam = optax.sgd(0.1), optax.adam(0.1, eps_root=1e-8)
+  sgd, adam = (optim.make(name=n, learning_rate=0.1, differentiable=True) for n in ("sgd", "adam"))
   counts = [_products(dict(mode="mixed", inner_optimizer=o))[0] for o in (sgd, adam)]
   assert counts[0] == counts[1]
 
@@ -442,11 +438,11 @@ def test_orig_keeps_its_masks_and_spl_draws_them_afresh():
 @pytest.mark.parametrize("fresh", [False, True])
 def test_support_and_query_are_masked_on_their_own(fresh):
   """The masks of the inner and outer losses, told apart by a value that tells the mask."""
-  weights = np.random.default_rng(0).normal(size=(16, toy.SHAPES["text"][0]))
+  weights = np.random.default_rng(0).normal(size=(16, toy.SHAPES["text"][0])).astype(np.float32)
 
   def loss(params, batch, key, extra):
     del key
-    value = jnp.sum(batch.text.seen[..., 0] * weights)
+    value = jnp.sum(jnp.where(batch.text.seen[..., 0], weights, 0.0))
     return value + params["theta"], types.Aux({"mask": value}, extra)
 
   batch = toy.make_batch(32)
@@ -602,10 +598,23 @@ def test_the_hessian_mode_is_the_losss_own():
   assert gradient(lambda f: method.wrap(f, key, {}, hessian="symmetric")) == by_mode["mixed"]
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="the recorded files are not here")
-def test_a_file_of_7_support_and_5_query_rows_is_replayed():
+@pytest.fixture
+def as_parity_runs():
+  """The recorded arrays mix precisions, and so does the code that replays them."""
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+  jax.config.update("jax_numpy_rank_promotion", "allow")
+  yield
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared, as_parity_runs):
   """The recorded 6 + 6 rows cut anew, and the algorithm written out once more for them."""
-  z = {key: value for key, value in parity.read(RECORDED).items() if not key.startswith("f")}
+  z = {
+    key: value
+    for key, value in parity.read(shared("parity/m3s.npz")).items()
+    if not key.startswith("f")
+  }
   for key in [key for key in z if key.startswith(("input/X1", "mask/feat/X1"))]:
     query = z[re.sub(r"X1(_step\d)?", "X2", key)]
     if np.ndim(query):

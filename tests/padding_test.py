@@ -168,6 +168,25 @@ def test_lengths_that_contradict_the_values_are_noted():
   assert len(notes) == 3 and all("that their length counts as real" in note for note in notes)
 
 
+def test_a_few_full_rows_that_begin_empty_are_not_noted():
+  arrays = copy.deepcopy(ARRAYS)
+  fields = arrays["train"]
+  fields["vision"][:3], fields["vision_lengths"][:3] = 1.0, [25] * 3
+  fields["vision"][0, :2] = 0
+  assert check.check(arrays, "f", "any").notes == []
+
+
+def test_the_mask_tells_that_a_text_begins_with_an_unknown_word():
+  """Most rows are full and begin empty; without a mask that would be padding in front."""
+  arrays = copy.deepcopy(ARRAYS)
+  for fields in arrays.values():
+    fields["text_bert"][:, 1] = 1
+    fields["text"][:], fields["text"][:, 0] = 1.0, 0.0
+  found = read(arrays).train.text
+  np.testing.assert_array_equal(found.x, arrays["train"]["text"])
+  assert found.valid.all()
+
+
 def test_an_aligned_word_without_a_vector_does_not_shift_the_others():
   arrays = copy.deepcopy(ARRAYS)
   for fields in arrays.values():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -13,10 +12,8 @@ import numpy as np
 import pytest
 
 import parallel_worker
-from data_prep import convert
-from mmjax import parallel, synthetic
-
-ROOT = pathlib.Path(__file__).parents[1]
+from command import ROOT
+from mmjax import parallel
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +80,8 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_read_a_part_of_the_files_each(tmp_path):
-  arrays = synthetic.make_arrays(seed=2, num_train=32, num_valid=4, num_test=4)
-  synthetic.write_pickle(tmp_path / "a.pkl", arrays)
-  convert.convert(tmp_path / "a.pkl", "small", tmp_path)
+def test_two_processes_read_a_part_of_the_files_each(tmp_path, convert):
+  convert(tmp_path, "small", (32, 4, 4))
   found = two_processes(tmp_path, tmp_path)
   for n, result in enumerate(found):
     # 3 epochs x 2 draws: the whole part each time

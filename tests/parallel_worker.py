@@ -74,10 +74,11 @@ def main(out, hosts="", data_dir=""):
 
 def predictions() -> np.ndarray:
   """Nine cells of a grid, which no number of devices but three and nine divides."""
-  grid = evaluate.make_grid(toy.make_system(), toy.make_batch(10), batch_size=4)
-  params, extra = toy.init(jax.random.key(0), toy.SPEC)
-  rates = np.stack([c.rates for c in evaluate.parse_rates("0,0.3,0.6")])
-  return np.asarray(grid(params, extra, rates, [0, 1, 2]))
+  conditions = evaluate.parse_rates("0,0.3,0.6")
+  grid = evaluate.make_grid(
+    toy.make_system(), toy.make_batch(10), conditions, [0, 1, 2], batch_size=4
+  )
+  return grid(*toy.init(jax.random.key(0), toy.SPEC))
 
 
 def lstm(mesh) -> dict:

@@ -16,24 +16,32 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from command import ROOT
 from experiments import parity
+from experiments.parity import __main__ as binary
 from experiments.parity.goldens import misa
 
-ROOT = pathlib.Path(__file__).parents[1]
 RECORDED = pathlib.Path(__file__).parent / "data" / "misa.npz"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def precision(quick_compilation):
+def precision():
   yield
   jax.config.update("jax_default_matmul_precision", None)  # the binary raises it
 
 
 # Number of gradients, so that a comparison cannot lose some; mmin.npz is without its variants.
-GRADIENTS = {"misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75}
+GRADIENTS = {"lmf": 27, "misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75, "tfn": 30}
 # Large files, which are not copied, and large programs: `pytest -m slow`.
-SHARED = ROOT.parent / "shared" / "parity"
-LARGE = {"almt": 222, "cenet": 84, "lnln": 306, "tetfn": 336, "tfr_net": 522}
+LARGE = {
+  "almt": 222,
+  "cenet": 84,
+  "dmd": 330,
+  "lnln": 306,
+  "mult": 207,
+  "tetfn": 336,
+  "tfr_net": 522,
+}
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -43,11 +51,8 @@ def test_the_published_models(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
-def test_the_published_large_models(name):
-  path = SHARED / f"{name}.npz"
-  if not path.exists():
-    pytest.skip(f"{path} is not here")
-  compare_all(path, LARGE[name])
+def test_the_published_large_models(name, shared):
+  compare_all(shared(f"parity/{name}.npz"), LARGE[name])
 
 
 def compare_all(path, gradients):
@@ -119,7 +124,7 @@ def run(path, capsys):
   """Exit code and output of the binary's `main`."""
   with pytest.raises(SystemExit) as stop, flagsaver.flagsaver():
     flags.FLAGS(["parity", f"--golden={path}"])
-    parity.main(["parity"])
+    binary.main(["parity"])
   return stop.value.code, capsys.readouterr().out.splitlines()
 
 

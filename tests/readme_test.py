@@ -1,5 +1,4 @@
 import json
-import pathlib
 import re
 import shlex
 import subprocess
@@ -7,9 +6,8 @@ import sys
 
 import numpy as np
 
-from command import call
+from command import ROOT, call
 
-ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

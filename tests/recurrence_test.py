@@ -1,4 +1,4 @@
-"""The LSTM's own backward pass against the plain scan, and what it saves."""
+"""The LSTM's loop and its kernel against the plain scan, and what they save."""
 
 import jax
 import jax.numpy as jnp
@@ -6,25 +6,26 @@ import numpy as np
 import pytest
 
 from mmjax import recurrence
+from mmjax.recurrence import kernel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, D, H = 4, 3, 5
 
 
-def draw(steps, longest=None):
+def draw(steps, longest=None, rows=B):
   """Sequences of several lengths, weights of two directions, and what their outputs weigh."""
   random, longest = np.random.default_rng(steps), longest or steps
-  x = random.normal(size=(steps, B, D))
-  valid = np.arange(steps)[:, None] < np.array([longest, longest // 2, 1, 0])
+  x = random.normal(size=(steps, rows, D))
+  valid = np.arange(steps)[:, None] < np.resize([longest, longest // 2, 1, 0], rows)
   weights = [
     tuple(random.normal(size=shape) * 0.5 for shape in ((D, 4 * H), (H, 4 * H), (4 * H,)))
     for _ in range(2)
   ]
-  return x, valid, weights, random.normal(size=(steps, B, H)), random.normal(size=(B, H))
+  return x, valid, weights, random.normal(size=(steps, rows, H)), random.normal(size=(rows, H))
 
 
 def make_loss(case, valid, of_outputs, of_final):
   def weigh(outputs, final):
+    outputs, final = (a.astype(jnp.result_type(float)) for a in (outputs, final))
     return jnp.sum(jnp.sin(outputs) * of_outputs) + jnp.sum(final**2 * of_final)
 
   def loss(x, weights):
@@ -36,13 +37,8 @@ def make_loss(case, valid, of_outputs, of_final):
   return loss
 
 
-@pytest.mark.parametrize(
-  ("case", "steps", "longest"),
-  [("forward", 1, 1), ("forward", 13, 13), ("backward", 13, 4), ("both", 13, 13), ("both", 13, 4)],
-)
-def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest):
-  x, valid, weights, *scales = draw(steps, longest)
-  loss = make_loss(case, valid, *scales)
+def all_orders(loss):
+  """(x, weights) -> value, gradient, both kinds of second derivatives."""
   gradient = jax.grad(loss, (0, 1))
 
   def all_of(x, weights):
@@ -53,16 +49,124 @@ def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest)
     return (
       loss(x, weights),
       gradient(x, weights),
-      jax.grad(of_gradient, (0, 1))(x, weights),
       forward_over_reverse,
+      jax.grad(of_gradient, (0, 1))(x, weights),
     )
 
+  return all_of
+
+
+def assert_close(found, expected):
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("case", "steps", "longest"),
+  [("forward", 1, 1), ("forward", 13, 13), ("backward", 13, 4), ("both", 13, 13), ("both", 13, 4)],
+)
+def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest):
+  x, valid, weights, *scales = draw(steps, longest)
+  all_of = all_orders(make_loss(case, valid, *scales))
   with jax.enable_x64(True):
     found = jax.jit(all_of)(x, weights)
     with recurrence.plain():
       expected = jax.jit(lambda *args: all_of(*args))(x, weights)
+  assert_close(found, expected)
+
+
+@pytest.fixture(params=kernel.TARGETS)
+def interpreted(request, monkeypatch):
+  """Runs the kernel, with the blocks of a target, in Pallas' interpreter."""
+
+  def run(loop, kernel_of, w, *args):
+    del loop, w
+    return kernel_of(*args, target=request.param, interpret=True)
+
+  monkeypatch.setattr(recurrence, "_by_platform", run)
+  return request.param
+
+
+@pytest.mark.parametrize(
+  ("interpreted", "case"), [("cuda", "both"), ("tpu", "backward")], indirect=["interpreted"]
+)
+def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(case, interpreted):
+  x, valid, weights, *scales = draw(13, 9)
+  all_of = all_orders(make_loss(case, valid, *scales))
+  with jax.enable_x64(True):
+    found = jax.jit(all_of)(x, weights)
+    with recurrence.plain():
+      expected = jax.jit(lambda *args: all_of(*args))(x, weights)
+  assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+  ("interpreted", "reverse"), [("cuda", True), ("tpu", False)], indirect=["interpreted"]
+)
+def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, reverse, monkeypatch):
+  x, valid, _, of_outputs, _ = draw(13, 9)
+  random = np.random.default_rng(1)
+  shapes = (D, 3 * H), (H, 3 * H), (3 * H,), (3 * H,)
+  weights = tuple(random.normal(size=shape) * 0.5 for shape in shapes)
+
+  def loss(x, weights):
+    outputs = recurrence.gru(x.swapaxes(0, 1), valid.T, *weights, reverse=reverse)
+    return jnp.sum(jnp.sin(outputs) * of_outputs.swapaxes(0, 1))
+
+  all_of = all_orders(loss)
+  with jax.enable_x64(True):
+    expected = jax.jit(all_of)(x, weights)
+    monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
+    found = jax.jit(lambda *args: all_of(*args))(x, weights)
+  assert_close(found, expected)
+
+
+def test_a_kernel_takes_seeds_as_an_axis_and_batches_that_no_tile_divides(interpreted):
+  x, valid, weights, *scales = draw(7, rows=19)
+  loss = make_loss("both", valid, *scales)
+
+  def second_order(scale, x):
+    gradient = jax.grad(lambda w: loss(x, jax.tree.map(lambda a: scale * a, w)))
+    return jax.jvp(gradient, (weights,), (weights,))
+
+  scales, seeds = np.array([0.5, 1.5]), np.stack([x, x[::-1]])
+  with jax.enable_x64(True):
+    found = jax.jit(jax.vmap(second_order))(scales, seeds)
+    with recurrence.plain():
+      expected = jax.jit(jax.vmap(lambda *args: second_order(*args)))(scales, seeds)
+  assert_close(found, expected)
+
+
+def test_nothing_of_what_padding_holds_reaches_a_kernel(interpreted):
+  x, valid, weights, *scales = draw(7)
+  gradient = jax.jit(jax.grad(make_loss("both", valid, *scales), (0, 1)))
+  found = gradient(np.where(valid[:, :, None], x, np.nan), weights)
+  jax.tree.map(np.testing.assert_array_equal, found, gradient(x, weights))
+
+
+def test_a_kernel_of_halves_sums_up_in_float32(interpreted):
+  x, valid, weights, *scales = draw(40)
+  loss = make_loss("both", valid, *scales)
+  halves = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (x, weights))
+  exact = jax.tree.map(lambda a: a.astype(jnp.float32), halves)
+  found = jax.jit(jax.grad(loss, (0, 1)))(*halves)
+  with recurrence.plain():
+    expected = jax.jit(jax.grad(lambda *args: loss(*args), (0, 1)))(*exact)
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert ours.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(ours, np.float32) - theirs)
+    assert error < 0.01 * np.linalg.norm(theirs) + 1e-6
+
+
+def test_a_program_for_every_platform_is_the_loop_on_a_cpu():
+  x, valid, weights, *scales = draw(13)
+  all_of = all_orders(make_loss("both", valid, *scales))
+  weights = jax.tree.map(np.float32, weights)
+  found = jax.jit(all_of)(np.float32(x), weights)
+  with recurrence.portable():
+    program = jax.jit(lambda *args: all_of(*args)).lower(np.float32(x), weights)
+  assert "pallas" not in program.as_text()
+  jax.tree.map(np.testing.assert_array_equal, program.compile()(np.float32(x), weights), found)
 
 
 @pytest.mark.parametrize("case", ["forward", "backward", "both"])
@@ -79,7 +183,9 @@ def test_a_gradient_keeps_states_and_not_gates():
 
   def temporaries():
     gradient = jax.jit(lambda x, weights: jax.grad(loss, 1)(x, weights))
-    return gradient.lower(x, weights).compile().memory_analysis().temp_size_in_bytes
+    memory = gradient.lower(x, weights).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
   ours = temporaries()
   with recurrence.plain():

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from experiments.configs import lnln
-from experiments.report import averages, page, predictions
+from experiments.report import averages, methods, page, predictions
 from mmjax import types
 
 SPEC = types.Spec(*[types.ModalitySpec(2, 2)] * 3, num_train=4)
@@ -117,3 +118,56 @@ def test_the_page_holds_everything(tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 0
     assert r"\toprule" in (tmp_path / f"{name}.tex").read_text(encoding="utf-8")
   assert "Report" in capsys.readouterr().out
+
+
+def test_methods_against_a_baseline(tmp_path, capsys):
+  """Mask seeds are averaged within a run; deltas, Welch's p and the paper's values follow."""
+  values = {"ORIG": [1.0, 1.2, 1.1], "M3S": [0.7, 0.9, 0.8]}
+  rows = [
+    {
+      "missing_rate": "0.4-0.6",
+      "method": method,
+      "seed": seed,
+      "mask_seed": mask_seed,
+      "kind": "rate",
+      "condition": condition,
+      "mae": value + shift + (condition == "0.6-0.8"),
+    }
+    for condition in ("0.4-0.6", "0.5", "0.6-0.8")
+    for method, runs in values.items()
+    for seed, value in enumerate(runs)
+    for mask_seed, shift in enumerate((-0.1, 0.1))
+  ]
+  paper = pd.DataFrame(
+    [
+      {
+        "model": "Self-MM",
+        "dataset": "SIMS",
+        "input_rate": "0.4-0.6",
+        "test_rate": "0.4-0.6",
+        "method": "M3S",
+        "metric": "mae",
+        "value": 0.5053,
+      }
+    ]
+  )
+  table = methods.comparison(
+    rows,
+    tmp_path,
+    paper,
+    conditions=["0.4-0.6", "0.6-0.8"],
+    model="self_mm",
+    dataset="sims",
+  )
+  orig, m3s, *shifted = table.to_dict("records")
+  np.testing.assert_allclose([row["mean"] for row in shifted], [2.1, 1.8])
+  assert [row["test_rate"] for row in shifted] == ["0.6-0.8"] * 2
+  assert (orig["method"], m3s["method"], m3s["n"]) == ("ORIG", "M3S", 3)
+  np.testing.assert_allclose([orig["mean"], m3s["mean"], m3s["delta"]], [1.1, 0.8, -0.3])
+  np.testing.assert_allclose([orig["std"], m3s["std"]], [0.1, 0.1])
+  t = 0.3 / np.sqrt(2 * 0.1**2 / 3)  # equal variances: 4 degrees of freedom
+  np.testing.assert_allclose(m3s["p"], 2 * stats.t.sf(t, 4))
+  assert np.isnan(orig["p"]) and m3s["paper"] == 0.5053 and np.isnan(orig["paper"])
+  assert "0.8000 ± 0.1000" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+  assert "toprule" in (tmp_path / "comparison.tex").read_text(encoding="utf-8")
+  assert "M3S" in capsys.readouterr().out

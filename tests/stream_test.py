@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 
 import toy
-from data_prep import convert
-from mmjax import data, masking, meta, optim, stream, synthetic, train, types
+from mmjax import data, masking, meta, optim, stream, train, types
 
 KEY = jax.random.key(3)
 ROWS = 26
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(convert, tmp_path_factory):
   """The same rows in both formats."""
   folder = tmp_path_factory.mktemp("stream")
-  arrays = synthetic.make_arrays(seed=2, num_train=ROWS, num_valid=4, num_test=4)
-  synthetic.write_pickle(folder / "a.pkl", arrays)
-  convert.convert(folder / "a.pkl", "small", folder)
-  convert.convert(folder / "a.pkl", "records", folder, file_format="array_record")
+  convert(folder, "small", (ROWS, 4, 4), seed=2)
+  convert(folder, "records", (ROWS, 4, 4), seed=2, file_format="array_record")
   return folder
 
 
@@ -132,7 +129,6 @@ def recipe(streamed):
   )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe):
   def validate(params, extra):
     error = toy.predict(params, streamed.valid, extra)["prediction"] - streamed.valid.label
@@ -159,7 +155,6 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, reci
   chex.assert_trees_all_equal(run(caught[0])[-1].progress, whole[-1].progress)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_streams_of_several_runs_side_by_side(streamed, recipe):
   """Each run reads in the order of its own key."""
   keys, plan = [KEY, jax.random.key(9)], recipe._replace(epochs=1)

@@ -3,31 +3,13 @@
 import pathlib
 
 import chex
-import orbax.checkpoint as ocp
 import pandas as pd
 import pytest
 
-from command import call, refused
-from data_prep import convert
+from command import call, final, refused
 from experiments import workdir
-from mmjax import synthetic
 
 SMALL = ("--config.train.batch_size=8", "--set=model.hidden_size=4", "--set=train.epochs=2")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("studies")
-  arrays = synthetic.make_arrays(seed=1, num_train=32, num_valid=24, num_test=24)
-  synthetic.write_pickle(folder / "tiny.pkl", arrays)
-  convert.convert(folder / "tiny.pkl", "tiny", folder / "data")
-  return folder
-
-
-def final(path):
-  """Everything in the newest checkpoint of a run."""
-  with ocp.CheckpointManager(path / "checkpoints") as checkpoints:
-    return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore())
 
 
 def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
@@ -79,7 +61,7 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
 def test_what_a_study_asks_for_is_checked_before_any_work(folder):
   base = ("--dataset=tiny", f"--data_dir={folder / 'data'}", f"--out={folder / 'refused'}")
   for more, told in (
-    (("--feature=feeling",), "has no output 'feeling' (did you mean"),
+    (("--feature=feeling",), "has no output 'feeling'; it has"),
     (("--shown=0,2",), "2"),
     (("--set=method.order=second",), "'spl' has"),
     (("--set=train.select=valid/acc9",), "config.train.select=valid/acc9"),

@@ -7,10 +7,9 @@ import optax
 import pytest
 
 from command import call
-from data_prep import convert
 from experiments import build, import_torch
 from experiments.configs import misa, mmim, mmin, self_mm
-from mmjax import optim, synthetic, torch_import
+from mmjax import optim, torch_import
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -63,15 +62,6 @@ SETTINGS = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("torch")
-  arrays = synthetic.make_arrays(seed=1, num_train=32, num_valid=8, num_test=16)
-  synthetic.write_pickle(folder / "tiny.pkl", arrays)
-  convert.convert(folder / "tiny.pkl", "tiny", folder / "data")
-  return folder
-
-
 def tensors(batch):
   """What the PyTorch model reads of a batch."""
   out = [torch.tensor(np.asarray(batch.text.x[:, 0]))]
@@ -86,13 +76,13 @@ def make_config():
   return config
 
 
-def test_training_there_and_here(folder, tmp_path):
+def test_training_there_and_here(tiny, tmp_path):
   """Adam, a rate and weight decay per module, four batches an update; then the import."""
   torch.manual_seed(0)
   config = make_config()
-  dataset = build.load_data(config, str(folder / "data"))
+  dataset = build.load_data(config, str(tiny))
   train = jax.tree.map(jnp.asarray, dataset.train)
-  theirs = SelfMM(*(dim for _, dim, _ in dataset.spec[:3]))
+  theirs = SelfMM(*(modality.dim for modality in dataset.spec[:3]))
   other = [p for n, p in theirs.named_parameters() if not n.startswith(("audio_m", "video_m"))]
   adam = torch.optim.Adam(
     [
@@ -107,7 +97,7 @@ def test_training_there_and_here(folder, tmp_path):
 
   save(tmp_path / "first.pth")
   state = torch_import.read_state(tmp_path / "first.pth")
-  found = import_torch.import_state(config, state, str(folder / "data"))[1]
+  found = import_torch.import_state(config, state, str(tiny))[1]
   system = build.make_system(config)
   optimizer = optim.make(total_steps=8, **config.optimizer.to_dict())
 
@@ -136,7 +126,7 @@ def test_training_there_and_here(folder, tmp_path):
     "import_torch",
     f"--checkpoint={tmp_path / 'trained.pth'}",
     "--config=self_mm:tiny",
-    f"--data_dir={folder / 'data'}",
+    f"--data_dir={tiny}",
     f"--out={tmp_path / 'run'}",
     *(f"--config.model.{name}={value}" for name, value in SETTINGS.items()),
   )
@@ -152,7 +142,7 @@ def test_training_there_and_here(folder, tmp_path):
     np.testing.assert_allclose(ours, theirs(*tensors(test))["fusion"].numpy(), atol=1e-5)
 
 
-def test_what_cannot_be_imported(folder, tmp_path):
+def test_what_cannot_be_imported(tiny, tmp_path):
   with pytest.raises(ValueError, match="nowhere.pth: cannot be read"):
     torch_import.read_state(tmp_path / "nowhere.pth")
   torch.save(SelfMM(3, 3, 3), tmp_path / "module.pth")  # a whole module: code would have to run
@@ -166,7 +156,7 @@ def test_what_cannot_be_imported(folder, tmp_path):
   state = {name: p.numpy() for name, p in SelfMM(3, 3, 3).state_dict().items()}
   state["stranger"] = state.pop("post_text_layer_1.bias")
   with pytest.raises(ValueError, match="stranger") as error:
-    import_torch.import_state(make_config(), state, str(folder / "data"))
+    import_torch.import_state(make_config(), state, str(tiny))
   assert "post_text/layer_1/bias" in str(error.value)  # lacks
   assert "audio_rnn/w_ih" in str(error.value)  # misshapen
 

@@ -15,7 +15,7 @@ DATA = toy.make_batch(32)
 def recipe(**kwargs):
   settings = dict(
     system=toy.make_system(),
-    method=meta.spl(masking.span((0.2, 0.5))),
+    method=meta.METHODS["spl"](masking.span((0.2, 0.5))),
     optimizers={"main": optim.make(learning_rate=0.03)},
     batch_size=8,
     epochs=6,

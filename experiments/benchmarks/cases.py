@@ -38,9 +38,10 @@ SETTINGS = {
   "unaligned_b128": Setting(UNALIGNED, 128),
   "bert": Setting(ALIGNED, 4, tokens=True),
 }
+BERT = dict(from_scratch=True)  # of base size, for settings of tokens
 MODELS = {
-  "misa": lambda: models.MODELS["misa"](dropout=0.0),
-  "self_mm": lambda: models.MODELS["self_mm"](head_dropout=(0.0, 0.0, 0.0, 0.0)),
+  "misa": lambda: models.MODELS["misa"](dropout=0.0, bert=BERT),
+  "self_mm": lambda: models.MODELS["self_mm"](head_dropout=(0.0, 0.0, 0.0, 0.0), bert=BERT),
 }
 
 
@@ -58,10 +59,12 @@ def make_batch(setting: Setting, rows: int, seed: int = 0) -> types.Batch:
     return types.modality(x, valid)
 
   text, *others = setting.shapes
-  label = random.uniform(-3, 3, rows).astype(np.float32)
-  index = np.arange(rows, dtype=np.int32)
+  label: Any = random.uniform(-3, 3, rows).astype(np.float32)
+  index: Any = np.arange(rows, dtype=np.int32)
   parts = modality(*text, setting.tokens), *(modality(*shape) for shape in others)
-  return masking.span(0.5)(jax.random.key(1), types.Batch(*parts, label, index, {}))
+  return masking.span(0.5)(
+    jax.random.key(1), types.Batch(*parts, label=label, index=index, info={})
+  )
 
 
 class Case(NamedTuple):
@@ -69,11 +72,13 @@ class Case(NamedTuple):
 
   Attributes:
     system: the system.
+    rules: how PyTorch names its parameters.
     loss: its loss without dropout.
     args: (params, batch, key, extra) of a loss; the batch has 2B rows.
   """
 
   system: types.System
+  rules: torch_import.Rules
   loss: types.LossFn
   args: tuple[Any, ...]
 
@@ -89,12 +94,15 @@ def prepare(model: str, setting: Setting) -> Case:
     num_train=2 * setting.rows,
   )
   params, extra = jax.jit(lambda key: system.init(key, spec))(jax.random.key(0))
-  whole = system.phases[0].loss
+  whole = system.loss
 
   def loss(params, batch, key, extra):  # MISA's Transformer has dropout that is no setting
     return whole(params, batch, None, extra)
 
-  return Case(system, loss, (params, jax.tree.map(jnp.asarray, batch), jax.random.key(2), extra))
+  rules = models.torch_rules(model)
+  return Case(
+    system, rules, loss, (params, jax.tree.map(jnp.asarray, batch), jax.random.key(2), extra)
+  )
 
 
 def _keep(key, batch):
@@ -180,17 +188,17 @@ def make_module(model: str, setting: Setting, case: Case):
   widths = [width for _, width in setting.shapes]
   module = peers.MODELS[model](*widths, tokens=setting.tokens).eval().to(peers.DEVICE)
   shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-  state = torch_import.to_torch(case.args[0], shapes, case.system.torch_rules)
+  state = torch_import.to_torch(case.args[0], shapes, case.rules)
   module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
   return module
 
 
-def check(system: types.System, mine, theirs, name: str) -> None:
+def check(rules: torch_import.Rules, mine, theirs, name: str) -> None:
   """Raises unless losses and meta-gradients agree."""
   (value, _), grads = mine
   np.testing.assert_allclose(value, float(theirs[0]), rtol=1e-3)
   found = {name: g.detach().cpu().numpy() for name, g in theirs[1].items() if g is not None}
-  named = torch_import.to_torch(grads, {n: g.shape for n, g in found.items()}, system.torch_rules)
+  named = torch_import.to_torch(grads, {n: g.shape for n, g in found.items()}, rules)
   for parameter, expected in found.items():
     # where rounding turns a ReLU over, a few entries differ by percents (between two orders of the
     # same rows on one side, too): single entries are held to less than norms

@@ -6,6 +6,7 @@ Only the benchmarks use this module; it needs torch (extra "parity").
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ class Recurrence(nn.LSTM):
     steps = int(length.max())
     projected = x[:, :steps] @ w_ih.T + b_ih + b_hh
     h = c = x.new_zeros(len(x), self.hidden_size)
-    outputs = [None] * steps
+    outputs: list[Any] = [None] * steps
     for t in reversed(range(steps)) if suffix else range(steps):
       i, f, g, o = (projected[:, t] + h @ w_hh.T).chunk(4, -1)
       c_next = f.sigmoid() * c + i.sigmoid() * g.tanh()

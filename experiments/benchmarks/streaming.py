@@ -76,7 +76,7 @@ def compare(model: str, held: data.Dataset, streamed: data.Dataset) -> dict:
   memory_s, stream_s = (statistics.median(times[name]) for name in ("memory", "stream"))
   return {
     "model": model,
-    "rows": streamed.train.rows,
+    "rows": sources.as_source(streamed.train).rows,
     "batch_size": _BATCH_SIZE.value,
     "memory_s": memory_s,
     "stream_s": stream_s,

@@ -12,8 +12,7 @@ FUSION_DEPTH = {"mosi": 2, "mosei": 4, "sims": 2}
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   depth = common.settings_for("almt", dataset, FUSION_DEPTH, sims_v2="sims")
-  config.model = dict(name="almt", fusion_depth=depth)
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="almt", fusion_depth=depth, bert=common.BERT)
   config.train.batch_size = 64
   config.train.epochs = 200
   config.train.patience = 32

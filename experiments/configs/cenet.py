@@ -18,8 +18,7 @@ NO_DECAY = (r"^bert/.*(bias|scale)$|^head_\d/bias$", dict(weight_decay=0.0))
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="cenet")
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="cenet", bert=common.BERT)
   config.train.batch_size = 32 if dataset == "sims" else 64
   config.train.epochs = 100
   config.train.patience = 8

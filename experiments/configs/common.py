@@ -8,6 +8,7 @@ import ml_collections
 
 # Datasets whose labels are classes; every other one is regression.
 CLASSIFICATION = ("iemocap",)
+BERT = dict(folder="")  # of a BERT's files, where config.data.text is "tokens"
 # Sets of changes that `experiments.ablate` can make to every model (LNLN's Table 6).
 ABLATIONS = {
   "modalities": {
@@ -85,7 +86,7 @@ def settings_for(
   return table[row]
 
 
-def epoch_warmup(config: Any, peak: float, **settings) -> dict:
+def epoch_warmup(config: Any, peak: float, **settings) -> Any:
   """An optimizer whose rate moves once an epoch, as ALMT's and LNLN's: a rise, then a cosine."""
   epochs = config.train.get_ref("epochs")  # follows `--config.train.epochs`
   rate = ml_collections.ConfigDict(dict(name="epoch_warmup_cosine", peak=peak, warmup=0.1))

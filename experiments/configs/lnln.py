@@ -41,8 +41,7 @@ ADVERSARIAL_WEIGHT = {"mosi": 0.8, "mosei": 0.8, "sims": 0.6}
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   weight = common.settings_for("lnln", dataset, ADVERSARIAL_WEIGHT, sims_v2="sims")
-  config.model = dict(name="lnln", adversarial_weight=weight)
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="lnln", adversarial_weight=weight, bert=common.BERT)
   # complete_share: how many samples' modalities stay complete in training
   config.mask = dict(name="bernoulli", rate=(0.4, 0.6), complete_share=0.5, drop=())
   config.train.batch_size = 64

@@ -17,8 +17,7 @@ MODEL = {
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="misa", **common.settings_for("misa", dataset, MODEL))
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="misa", **common.settings_for("misa", dataset, MODEL), bert=common.BERT)
   config.train.batch_size = 128
   config.train.epochs = 500
   config.train.patience = 20

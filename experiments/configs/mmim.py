@@ -16,8 +16,8 @@ def get_config(dataset: str = "mosi"):
     name="mmim",
     pooling="mean",
     mi_share=common.settings_for("mmim", dataset, MI_SHARE, sims_v2="sims"),
+    bert=common.BERT,
   )
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
   config.train.batch_size = 32
   config.train.epochs = 40
   config.train.patience = 0

@@ -12,8 +12,7 @@ NETWORKS = ("encoders/audio", "encoders/text", "encoders/vision", "imagine", "cy
 
 def get_config(dataset: str = "iemocap"):
   config = common.get_config(dataset)
-  config.model = dict(name="mmin", teacher_epochs=TEACHER_EPOCHS)
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="mmin", teacher_epochs=TEACHER_EPOCHS, bert=common.BERT)
   config.train.batch_size = 256
   config.train.epochs = TEACHER_EPOCHS + 60
   config.train.patience = 0
@@ -24,12 +23,11 @@ def get_config(dataset: str = "iemocap"):
     return tuple((f"/{network}/", dict(clip_norm=norm)) for network in networks)
 
   bert = ("/encoders/bert/", dict(learning_rate=5e-5))  # where the text is raw tokens
+  student = (bert, *clipped(1.0, NETWORKS))
   config.phase_optimizer = dict(
     teacher=dict(groups=(bert, *clipped(0.5, (*NETWORKS[:3], "classifier")))),
-    student=dict(groups=(bert, *clipped(1.0, NETWORKS))),
+    student=dict(groups=student),
   )
   # clipped like the outer steps: at first the cascades amplify, and so do their gradients
-  config.method.optimizer = dict(
-    name="sgd", learning_rate=2e-4, groups=config.phase_optimizer.student.groups
-  )
+  config.method.optimizer = dict(name="sgd", learning_rate=2e-4, groups=student)
   return config

@@ -32,8 +32,7 @@ def get_config(dataset: str = "mosi"):
   known = dataset if dataset in MODEL else "mosi"
   config = common.get_config(dataset)
   # "first" is the published [CLS]; precomputed states of it have read the missing words
-  config.model = dict(name="self_mm", pooling="mean", **model)
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="self_mm", pooling="mean", **model, bert=common.BERT)
   config.train.batch_size = 32
   config.train.epochs = 100
   config.train.patience = 8

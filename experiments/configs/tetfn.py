@@ -32,8 +32,9 @@ SIMS_V2 = dict(
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="tetfn", **common.settings_for("tetfn", dataset, MODEL))
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(
+    name="tetfn", **common.settings_for("tetfn", dataset, MODEL), bert=common.BERT
+  )
   config.train.batch_size = 64
   config.train.epochs = 100
   config.train.patience = 8

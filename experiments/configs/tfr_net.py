@@ -11,8 +11,9 @@ MODEL = {"mosi": dict()}  # the model's own settings are MMSA's for MOSI
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="tfr_net", **common.settings_for("tfr_net", dataset, MODEL))
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(
+    name="tfr_net", **common.settings_for("tfr_net", dataset, MODEL), bert=common.BERT
+  )
   config.mask.name = "bernoulli"
   config.train.batch_size = 24
   config.train.epochs = 100

@@ -59,15 +59,27 @@ def judge(rows: Iterable[goldens.Row], tolerance: float, grad_tolerance: float) 
     allowed = grad_tolerance if group.startswith("grad") else tolerance
     floor = FLOOR * max((np.abs(t).max() for _, _, t in tensors if t.size), default=0)
     errors = {name: _error(ours, theirs, floor) for name, ours, theirs in tensors}
-    where = max(errors, key=errors.get)
+    where = max(errors, key=lambda name: errors[name])
     verdicts.append(Group(group, len(tensors), errors[where], where, errors[where] <= allowed))
   return verdicts
 
 
 def uncovered(arrays: Iterable[str], rows: Iterable[goldens.Row]) -> list[str]:
-  """Keys of recorded outputs and losses that no row stands for."""
-  covered = {f"{group}/{name}" for group, name, _, _ in rows}
-  return [k for k in arrays if k.startswith(("output/", "loss/")) and k not in covered]
+  """Keys of recorded outputs and losses, those of cases too, that no row stands for."""
+  covered = {(group, name) for group, name, _, _ in rows}
+
+  def stands_for(key):
+    """The group and the name of a recorded key's row."""
+    _, case, rest = key.split("/", 2) if key.startswith("case/") else ("", "", key)
+    group, _, name = rest.partition("/")
+    return f"{group} {case}".strip(), name
+
+  found = {key: stands_for(key) for key in arrays}
+  return [
+    key
+    for key, row in found.items()
+    if row[0].split()[0] in ("output", "loss") and row not in covered
+  ]
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray, floor: float) -> float:

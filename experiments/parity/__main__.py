@@ -15,7 +15,7 @@ from absl import app, flags
 
 from experiments import parity
 
-_GOLDEN = flags.DEFINE_string("golden", None, "The recorded file, NAME.npz or NAME-….npz.")
+_GOLDEN = flags.DEFINE_string("golden", "", "The recorded file, NAME.npz or NAME-….npz.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Largest relative error.")
 _GRAD_TOLERANCE = flags.DEFINE_float("grad_tolerance", 1e-3, "The same for gradients.")
 

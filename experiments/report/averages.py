@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,8 @@ def area(table: pd.DataFrame, metric: str) -> pd.Series:
     values = part[metric].to_numpy()[order]
     return np.trapezoid(values, rates[order]) / (rates.max() - rates.min())
 
-  return table.groupby("model", sort=False)[["condition", metric]].apply(one)
+  areas: Any = table.groupby("model", sort=False)[["condition", metric]].apply(one)
+  return areas
 
 
 def metric_names(rows: Sequence[dict]) -> list[str]:
@@ -40,7 +42,7 @@ def metric_names(rows: Sequence[dict]) -> list[str]:
 
 def run_averages(rows: Sequence[dict], kind: str = "rate") -> list[dict]:
   """A row per model and training seed: means over all conditions of a kind and all masks."""
-  frame = pd.DataFrame(rows)
+  frame: Any = pd.DataFrame(rows)
   frame = frame[frame["kind"] == kind].drop(columns=["kind", "condition", "mask_seed"])
   runs = frame.groupby(["model", "seed"], sort=False).mean(numeric_only=True).reset_index()
   return runs[["model", "seed", *metric_names(rows)]].to_dict("records")
@@ -54,7 +56,7 @@ def averages(rows: Sequence[dict], kind: str = "rate") -> pd.DataFrame:
   average = tables.summarize(run_averages(rows, kind), ("model",))
   if kind != "rate":
     return average
-  frame = pd.DataFrame([row for row in rows if row["kind"] == "rate"])
+  frame: Any = pd.DataFrame([row for row in rows if row["kind"] == "rate"])
   means = frame.groupby(["model", "condition"], sort=False).mean(numeric_only=True).reset_index()
   for metric in (name for name in metrics.METRICS if name in means):
     average[f"area {metric}"] = area(means, metric).reindex(average["model"]).to_numpy()
@@ -72,7 +74,8 @@ def differences(rows: Sequence[dict], baseline: str) -> pd.DataFrame:
   runs = [{key: row[key] for key in ("model", "seed", *names)} for row in runs]
   found = tables.against(runs, by="model", baseline=baseline)
   parts = []
-  for metric, part in found.groupby("metric", sort=False):
+  groups: Any = found.groupby("metric", sort=False)
+  for metric, part in groups:
     part = part.set_index("model")[["mean", "delta", "p"]]
     parts.append(part.rename(columns={"mean": metric, "delta": f"Δ {metric}", "p": f"p {metric}"}))
   return pd.concat(parts, axis=1).reset_index()
@@ -85,7 +88,7 @@ def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
   percentages; they are divided by 100 here. A metric "…_swapped" has no other value to stand
   beside than the one that the paper may have computed so.
   """
-  paper = pd.read_csv(PAPER, dtype={"table": str})
+  paper: Any = pd.read_csv(PAPER, dtype={"table": str})
   paper = paper[paper["dataset"].str.lower() == dataset.lower()]
   percent = ~paper["metric"].isin(["mae", "corr"])
   paper["value"] = paper["value"].where(~percent, paper["value"] / 100)

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ def comparison(
   out: str | pathlib.Path,
   paper: pd.DataFrame,
   *,
+  conditions: Sequence[str],
   model: str,
   dataset: str,
   baseline: str = "ORIG",
@@ -22,24 +24,24 @@ def comparison(
   """Prints and writes methods against a baseline: `comparison.csv`, `.md` and `.tex`.
 
   Args:
-    rows: long results with "missing_rate", "method", "seed" and "condition"; those whose
-      condition is an interval of test rates are compared.
+    rows: long results with "missing_rate", "method", "seed" and "condition".
     out: the output folder.
     paper: the paper's values ("model", "dataset", "input_rate", "test_rate", "method",
       "metric", "value"), shown beside ours where it has them.
+    conditions: names of the test rates at which the methods are compared.
     model, dataset: whose.
     baseline: the method that the others are compared with.
 
   Returns:
     The table, see `tables.against`, with the columns "missing_rate", "test_rate" and "paper".
   """
-  same = paper[
+  same: Any = paper[
     paper["model"].map(plain).eq(plain(model)) & paper["dataset"].map(plain).eq(plain(dataset))
   ]
   keys = ["input_rate", "test_rate", "method", "metric"]
   values = same.drop_duplicates(keys).set_index(keys)["value"]
-  frame = pd.DataFrame(rows)
-  frame = frame[frame["condition"].str.contains("-")]
+  frame: Any = pd.DataFrame(rows)
+  frame = frame[frame["condition"].isin(conditions)]
   found = []
   for (rate, test_rate), part in frame.groupby(["missing_rate", "condition"], sort=False):
     table = tables.against(part, by="method", baseline=baseline)
@@ -52,7 +54,7 @@ def comparison(
   out = pathlib.Path(out)
   table.to_csv(out / "comparison.csv", index=False)
   pairs = zip(table["mean"], table["std"], strict=True)
-  shown = table.assign(**{"mean ± std": [f"{mean:.4f} ± {std:.4f}" for mean, std in pairs]})
+  shown: Any = table.assign(**{"mean ± std": [f"{mean:.4f} ± {std:.4f}" for mean, std in pairs]})
   shown = shown[
     ["missing_rate", "test_rate", "metric", "method", "n", "mean ± std", "delta", "p", "paper"]
   ]

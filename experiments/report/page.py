@@ -5,7 +5,7 @@ import html
 import importlib.metadata
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -89,7 +89,7 @@ def write(
       add(title, "differences", averages.differences(rows, baseline))
   for kind, title in kinds.items():
     add(title, kind, table[table["kind"] == kind].drop(columns="kind"))
-  paper = averages.beside_paper(rows, dataset)
+  paper: Any = averages.beside_paper(rows, dataset)
   if paper["paper"].notna().any():
     add("Beside the paper's values", "beside_paper", paper[paper["paper"].notna()])
   if any(results.shown.values()):

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -34,7 +35,7 @@ def write(
   shown = metrics.headline(table.columns)
   if show:
     print(headlines(table, by) if lines is None else pivots(table, lines, shown))
-  rates = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
+  rates: Any = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
   if len(rates):
     if lines == "method" and "missing_rate" in rates:
       rates = rates.assign(method=_lines(rates))
@@ -46,7 +47,7 @@ def write(
   return table
 
 
-def headlines(table: pd.DataFrame, by: Sequence[str]) -> str:
+def headlines(table: Any, by: Sequence[str]) -> str:
   """A summary's first headline metrics, for the terminal."""
   shown = metrics.headline(table.columns)
   return tables.to_text(table[[*by, "n", *(c for n in shown for c in (n, f"{n}_std"))]])
@@ -73,7 +74,8 @@ def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> None:
     out: the output folder.
   """
   out = pathlib.Path(out)
-  for split, part in pd.DataFrame(rows).groupby("split"):
+  groups: Any = pd.DataFrame(rows).groupby("split")
+  for split, part in groups:
     part = part.drop(columns="split").dropna(axis=1, how="all").dropna()
     shown = ["train_loss", *metrics.headline(part.columns)][:4]
     if len(shown) == 1 or part.empty:
@@ -86,7 +88,7 @@ def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> None:
     print(f"Curves over the epochs: {path}")
 
 
-def _lines(frame: pd.DataFrame) -> pd.Series:
+def _lines(frame: Any) -> Any:
   """What tells the lines of a figure apart: the method, and the missing rate if there are more."""
   if frame["missing_rate"].nunique() == 1:
     return frame["method"]

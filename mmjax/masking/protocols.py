@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from mmjax import registry, types
 from mmjax.masking import transforms
@@ -231,7 +232,7 @@ def mixture(
   """
   members = _members("mixture", masks, rate)
   given = [1.0] * len(members) if shares is None else shares
-  if not isinstance(given, jax.core.Tracer):
+  if not isinstance(given, core.Tracer):
     given = np.asarray(given, float)
     if not (given.shape == (len(members),) and (given >= 0).all() and 0 < given.sum() < np.inf):
       raise types.UsageError(

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from mmjax import types
 
@@ -74,7 +75,7 @@ def steps(m: types.Modality, seen: types.Array) -> types.Array:
 
 
 def span_bounds(
-  u: types.Array, rate: types.Array, length: types.Array
+  u: chex.Numeric, rate: chex.Numeric, length: chex.Numeric
 ) -> tuple[types.Array, types.Array]:
   """Start λ and length k of a missing span (M³S §3.2, Chi et al. 2022).
 
@@ -217,7 +218,7 @@ def with_rates(
   return mask
 
 
-def within(bounds: types.Array, u: types.Array) -> types.Array:
+def within(bounds: chex.Array, u: types.Array) -> types.Array:
   """Rates drawn from an interval.
 
   Args:
@@ -231,7 +232,7 @@ def within(bounds: types.Array, u: types.Array) -> types.Array:
   return low + (high - low) * u
 
 
-def intervals(rate: Rate) -> types.Array:
+def intervals(rate: Rate) -> chex.Array:
   """Any form of missing rate as intervals.
 
   Args:
@@ -250,7 +251,7 @@ def intervals(rate: Rate) -> types.Array:
       raise types.UsageError(
         f"a modality's missing rate must be a number or (low, high): {rate!r}."
       )
-    found = _stack([_stack([pair, pair]) if pair.ndim == 0 else pair for pair in pairs])
+    found: Any = _stack([_stack([pair, pair]) if pair.ndim == 0 else pair for pair in pairs])
   else:
     rates = _stack(rate)
     if rates.shape not in ((), (2,), (3,), (3, 2)):
@@ -258,7 +259,7 @@ def intervals(rate: Rate) -> types.Array:
         "a missing rate must be a number, (low, high), a mapping by modality name, or an array"
         f" [3] or [3, 2]; this one has shape {rates.shape}: {rate!r}."
       )
-    xp = _namespace(rates)
+    xp: Any = _namespace(rates)
     if rates.ndim == 1 and rates.shape[0] == 3:
       rates = rates[:, None]
     found = xp.broadcast_to(rates, (3, 2))
@@ -268,13 +269,13 @@ def intervals(rate: Rate) -> types.Array:
   return found
 
 
-def _namespace(x: Any):
+def _namespace(x: Any) -> Any:
   """jnp for anything traced, numpy (float64, hence exact in any precision) for the rest."""
-  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+  traced = any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(x))
   return jnp if traced else np
 
 
-def _stack(x: Any) -> types.Array:
+def _stack(x: Any) -> Any:
   """Numbers, arrays or nested sequences of them as one float array."""
   if isinstance(x, str):
     raise types.UsageError(f"a missing rate must be made of numbers, got {x!r}.")

@@ -32,7 +32,7 @@ class Almt(nn.Module):
     hyper_depth: scales of the text, hence hyper-modality layers.
     hyper_heads: their heads; they divide D.
     fusion_hidden_size, fusion_depth, fusion_heads: of the fusion.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1

@@ -46,7 +46,7 @@ class Cenet(nn.Module):
     num_outputs: 1 for regression, else the number of classes.
     dropout: of the head.
     feature_layers: Transformer blocks over precomputed text states.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
       Its embeddings are not trained, as published.
   """
 

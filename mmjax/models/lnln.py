@@ -53,8 +53,8 @@ class Embedding(nn.Module):
 
 def _mlp(x: Array, hidden: int, size: int, name: str) -> Array:
   """Inside of a module: two layers with LeakyReLU(0.1) between."""
-  hidden = jax.nn.leaky_relu(layers.Dense(hidden, name=f"{name}_1")(x), 0.1)
-  return layers.Dense(size, name=f"{name}_2")(hidden)
+  x = jax.nn.leaky_relu(layers.Dense(hidden, name=f"{name}_1")(x), 0.1)
+  return layers.Dense(size, name=f"{name}_2")(x)
 
 
 class Lnln(nn.Module):
@@ -76,7 +76,7 @@ class Lnln(nn.Module):
       paper's (eq. 6): only the discriminator's loss is.
     proxy: which tokens are the proxy: the "generator"'s own (the code's) or the "learned" ones
       that it reads (the paper's H_p, eq. 4).
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
@@ -106,7 +106,7 @@ class Lnln(nn.Module):
       name="embedding",
     )
     out = embedding(batch)
-    complete = embedding(masking.complete(batch)) if train else None
+    complete = embedding(masking.complete(batch)) if train else {}
     text = out["text"]
     if self.correction:
       out |= self._correct(out)

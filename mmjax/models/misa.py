@@ -10,6 +10,7 @@ Paper: https://arxiv.org/abs/2005.03545. Parity: MMSA's implementation and its q
 """
 
 from itertools import combinations
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +33,7 @@ class Misa(nn.Module):
     dropout: of the fusion head, before its activation.
     pack: lengths that pack audio and vision. "text" is the published code's: steps beyond
       the text's length are never read, for unaligned data too. "own" reads all valid steps.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
@@ -62,7 +63,7 @@ class Misa(nn.Module):
 
     # Published beside the model, but in no loss.
     discriminate = layers.Dense(4, name="sp_discriminator")
-    mean_shared = sum(out[f"utt_shared_{m}"] for m in "tva") / 3
+    mean_shared: Any = sum(out[f"utt_shared_{m}"] for m in "tva") / 3
     out["shared_or_private_s"] = discriminate(mean_shared)
     for m in "tva":
       out[f"shared_or_private_p_{m}"] = discriminate(out[f"utt_private_{m}"])

@@ -109,7 +109,7 @@ class Mmim(nn.Module):
     dropout: of the fusion's input.
     pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
       of the states. With precomputed states [CLS] has read words that are missing now.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
@@ -145,7 +145,7 @@ class Mmim(nn.Module):
 
 def log_likelihood(out: Mapping[str, Array]) -> Array:
   """Σ over the pairs of the mean log-likelihood, without its log-variance term, as in the code."""
-  total = 0.0
+  total: Any = 0.0
   for pair, name in PAIRS.items():
     error = (out[f"mu_{pair}"] - out[f"utt_{name}"]) ** 2
     total -= (error / 2 / jnp.exp(out[f"logvar_{pair}"])).sum(-1).mean()
@@ -154,10 +154,11 @@ def log_likelihood(out: Mapping[str, Array]) -> Array:
 
 def contrast(out: Mapping[str, Array]) -> Array:
   """Σ over the modalities of the InfoNCE loss of the vector that the fusion predicts (§3.4)."""
-  return sum(
+  total: Any = sum(
     losses.info_nce(out[f"utt_{name}"], out[f"predicted_{name}"]).mean()
     for name in types.MODALITIES
   )
+  return total
 
 
 def entropy(
@@ -174,7 +175,8 @@ def entropy(
     [] H, its terms 0 where the samples of a polarity span no volume (there the code gives
     -inf), and the moments [2, ...] of this batch.
   """
-  total, now = 0.0, {}
+  total: Any = 0.0
+  now = {}
   for pair, past in memory.items():
     current = [moments(out[f"projected_{pair}"], side) for side in (label > 0, label < 0)]
     now[pair] = jax.tree.map(lambda *sides: jnp.stack(sides), *current)

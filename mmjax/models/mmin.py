@@ -259,7 +259,8 @@ def make(
       "cycle": losses.reconstruction(out["restored"], jax.lax.stop_gradient(out["embedding"])),
     }
     weights = {"ce": task_weight, "mse": imagination_weight, "cycle": cycle_weight}
-    return sum(weights[name] * part for name, part in parts.items()), types.Aux(parts, extra)
+    total: Any = sum(weights[name] * part for name, part in parts.items())
+    return total, types.Aux(parts, extra)
 
   def on_epoch(params, extra, epoch, train):  # the student begins as its teacher
     del train

@@ -52,7 +52,7 @@ class SelfMM(nn.Module):
     head_dropout: of the heads' inputs.
     pooling: what stands for the text: its "first" state ([CLS], as published) or the "mean"
       of the states. With precomputed states [CLS] has read words that are missing now.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
@@ -185,12 +185,13 @@ def multitask_loss(
   names = dict(zip(TASKS, "MTAV", strict=True))
   if prediction["fusion"].ndim == 2:
     parts = {names[t]: losses.task(prediction[t], batch.label).mean() for t in TASKS}
-    return sum(parts.values()), types.Aux(parts, extra)
+    total: Any = sum(parts.values())
+    return total, types.Aux(parts, extra)
   met = extra["met"][batch.index]
   known = {
     task: jnp.where(met, table[batch.index], batch.label) for task, table in extra["label"].items()
   }
-  parts = {}
+  parts: dict[str, Any] = {}
   for task, name in names.items():
     error = losses.absolute_error(prediction[task], known[task])
     weight = jnp.tanh(jnp.abs(known[task] - known["fusion"])) if name != "M" else 1.0
@@ -209,7 +210,8 @@ def multitask_loss(
     bound=bound,
     exclude_zero=exclude_zero,
   )
-  return sum(parts.values()), types.Aux(parts, {**extra, **successor})
+  total: Any = sum(parts.values())
+  return total, types.Aux(parts, {**extra, **successor})
 
 
 @systems.configurable(SelfMM)

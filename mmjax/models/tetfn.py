@@ -45,7 +45,7 @@ class Tetfn(nn.Module):
     relu_dropout, residual_dropout, embedding_dropout: of the Transformers.
     head_sizes: H of the heads: fusion, text, audio, vision.
     head_dropout: of the heads' inputs.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
@@ -75,7 +75,7 @@ class Tetfn(nn.Module):
       out[f"aligned_{name}"], x[name] = aligned, conv(hidden)
     out |= {f"projected_{name}": value for name, value in x.items()}
 
-    dropout = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
+    dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
     last = []
     for target in types.MODALITIES:
       found = []

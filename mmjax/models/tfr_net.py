@@ -8,6 +8,7 @@ Paper: https://dl.acm.org/doi/10.1145/3474085.3475585. Parity: MMSA's code and i
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -63,7 +64,7 @@ class TfrNet(nn.Module):
     gate_sizes: H of the gated GRUs; `gate_depth` their layers.
     hidden_size: of the head.
     text_dropout, attention_dropout, transformer_dropout, gate_dropout, head_dropout: rates.
-    bert: for text as token ids, see `bert.setup`; BERT-base without weights by default.
+    bert: for text as token ids, see `bert.setup`; it then needs a folder or sizes.
   """
 
   num_outputs: int = 1
@@ -112,7 +113,7 @@ class TfrNet(nn.Module):
       x[name] = project(inputs[name])
       out[f"projected_{name}"] = x[name]
 
-    dropout = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
+    dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
     vectors = []
     for n, name in enumerate(types.MODALITIES):
       memory = self._transformer(f"{name}_memory", self.heads, self.memory_depth, dropout["text"])
@@ -190,7 +191,8 @@ def loss_parts(
       out[f"generated_{name}"], out[f"complete_{name}"], getattr(batch, name), similarity_weight
     )
   named = zip(weights, types.MODALITIES, strict=True)
-  return {**parts, "gen": sum(weight * parts[f"gen_{name}"] for weight, name in named)}
+  total: Any = sum(weight * parts[f"gen_{name}"] for weight, name in named)
+  return {**parts, "gen": total}
 
 
 @systems.configurable(TfrNet)

@@ -4,13 +4,15 @@ A module has `compare(z)`, which yields (group, name, ours, recorded) for a mapp
 Groups whose name starts with "grad" are compared with the tolerance for gradients.
 """
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mmjax import optim, torch_import, types
 
@@ -26,12 +28,29 @@ def config(z: Arrays) -> dict[str, Any]:
 def num_classes(z: Arrays) -> int:
   """0 for regression, as in `Spec`."""
   settings = config(z)
-  return settings["num_classes"] if settings["train_mode"] == "classification" else 0
+  return settings["num_classes"] if settings.get("train_mode") == "classification" else 0
 
 
 def under(z: Arrays, prefix: str) -> dict[str, np.ndarray]:
   """The arrays whose key starts with `prefix`, by the rest of the key."""
   return {key.removeprefix(prefix): z[key] for key in z if key.startswith(prefix)}
+
+
+def each_case(compare: Callable[[Arrays], Iterator[Row]]) -> Callable[[Arrays], Iterator[Row]]:
+  """Decorates a comparison: it is made of the file and of every case below "case/NAME/" in it.
+
+  A case holds a config, weights, inputs … of its own; its groups are called "output NAME" …
+  """
+
+  @functools.wraps(compare)
+  def compare_all(z):
+    names = sorted({key.split("/")[1] for key in z if key.startswith("case/")})
+    yield from compare({key: z[key] for key in z if not key.startswith("case/")})
+    for name in names:
+      for group, tensor, ours, theirs in compare(under(z, f"case/{name}/")):
+        yield f"{group} {name}", tensor, ours, theirs
+
+  return compare_all
 
 
 def modality(x: np.ndarray, valid: np.ndarray | None = None) -> types.Modality:
@@ -64,6 +83,15 @@ def batch(z: Arrays, prefix: str = "input/") -> types.Batch:
   )
 
 
+def feature_batch(z: Arrays) -> types.Batch:
+  """The batch in a file without a BERT: text, audio and vision of full length, and labels."""
+  x = {name: z.get(f"input/{name}_raw", z[f"input/{name}"]) for name in types.MODALITIES}
+  label = z["input/labels"].reshape(-1)
+  label = jnp.asarray(label, jnp.int32 if num_classes(z) else jnp.float32)
+  modalities = (modality(x[name]) for name in types.MODALITIES)
+  return types.Batch(*modalities, label, jnp.arange(len(label)), {})
+
+
 def spec(example: types.Batch, num_train: int | None = None, **kwargs) -> types.Spec:
   """The spec of a batch."""
 
@@ -71,7 +99,7 @@ def spec(example: types.Batch, num_train: int | None = None, **kwargs) -> types.
     return types.ModalitySpec(m.x.shape[1], 0 if m.x.ndim == 2 else m.x.shape[2], m.x.ndim == 2)
 
   modalities = (one(getattr(example, name)) for name in types.MODALITIES)
-  return types.Spec(*modalities, num_train or len(example.index), **kwargs)
+  return types.Spec(*modalities, num_train=num_train or len(example.index), **kwargs)
 
 
 def params(
@@ -82,8 +110,19 @@ def params(
   prefix: str = "param/",
 ) -> types.Params:
   """The recorded weights as parameters of a system."""
-  template = jax.eval_shape(lambda: system.init(jax.random.key(0), the_spec)[0])
-  return torch_import.from_torch(template, under(z, prefix), rules)
+  return variables(system, rules, the_spec, z, prefix)[0]
+
+
+def variables(
+  system: types.System,
+  rules: torch_import.Rules,
+  the_spec: types.Spec,
+  z: Arrays,
+  prefix: str = "param/",
+) -> tuple[types.Params, types.Extra]:
+  """The recorded weights and batch statistics as parameters and `extra` of a system."""
+  template, extra = jax.eval_shape(lambda: system.init(jax.random.key(0), the_spec))
+  return torch_import.variables_from_torch(template, extra, under(z, prefix), rules)
 
 
 def compare_outputs(z: Arrays, ours: Mapping[str, Any]) -> Iterator[Row]:
@@ -133,11 +172,41 @@ def compare_loss(
     yield group, name, np.zeros_like(theirs[name]), theirs[name]
 
 
+def compare_tree(
+  group: str, tree: types.Params, recorded: Arrays, rules: torch_import.Rules
+) -> Iterator[Row]:
+  """Rows of some parameters or gradients by their published names."""
+  ours = torch_import.to_torch(tree, {k: v.shape for k, v in recorded.items()}, rules)
+  for name, value in ours.items():
+    yield group, name, value, recorded[name]
+
+
+def compare_accumulation(z: Arrays) -> Iterator[Row]:
+  """Rows of Adam's step after two equal batches, whose sum is clipped by value after each."""
+  settings = config(z)
+  for name, rate, prefix in (
+    ("adam", settings["learning_rate"], "extra/after_step/"),
+    ("sgd", -1.0, "extra/accumulated_clipped_grad/"),  # from 0, a step of the sum itself
+  ):
+    recorded = {k: v for k, v in under(z, prefix).items() if k != "losses"}
+    params = {k: jnp.asarray(z[f"param/{k}"]) * float(name == "adam") for k in recorded}
+    grads = {k: jnp.asarray(z[f"grad/{k}"]) for k in recorded}
+    optimizer = optim.make(
+      name=name, learning_rate=rate, clip_value=settings["grad_clip"], accumulate=2
+    )
+    state = optimizer.init(params)
+    for _ in range(2):
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    for key, value in recorded.items():
+      yield "extra", prefix.split("/")[1] + "/" + key, params[key], value
+
+
 def compare_rates(z: Arrays, base: float) -> Iterator[Row]:
   """Rows of the learning rates that warm up and decay by the epoch."""
   for key, rates in under(z, "extra/lr_per_epoch_").items():
     epochs, steps = int(key), 7  # any number of steps an epoch
-    schedule = optim.schedule(
+    schedule: Any = optim.schedule(
       {"name": "epoch_warmup_cosine", "peak": base, "epochs": epochs}, epochs * steps
     )
     ours = [schedule(epoch * steps + epoch % steps) for epoch in range(epochs)]

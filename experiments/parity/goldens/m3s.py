@@ -104,7 +104,7 @@ def _encode(params, batch):
     lstm = layers.LSTM(weights["w_hh"].shape[0])
     return lstm.apply({"params": weights}, masking.observed(m), m.valid)[1]
 
-  text = masking.observed(batch.text)[..., 0] @ params["text.weight"].T + params["text.bias"]
+  text = masking.observed(batch.text)[..., 0] @ params["text.weight"].T + params["text.bias"][None]
   return [last_state("audio"), last_state("vision"), text]
 
 
@@ -115,8 +115,8 @@ def _forward(params, batch, mode):
     masks = [batch.info[name] for name in ("audio", "vision", "text")]
     kept = [h * m for h, m in zip(encoded, masks, strict=True)]
   joint = jnp.concatenate(kept, -1)
-  hidden = jnp.tanh(joint @ params["fc1.weight"].T + params["fc1.bias"])
-  prediction = (hidden @ params["fc2.weight"].T + params["fc2.bias"])[:, 0]
+  hidden = jnp.tanh(joint @ params["fc1.weight"].T + params["fc1.bias"][None])
+  prediction = (hidden @ params["fc2.weight"].T + params["fc2.bias"][None])[:, 0]
   return prediction, jnp.concatenate(encoded, -1), joint
 
 
@@ -159,7 +159,7 @@ def _meta_step(z, mode, case, dtype):
     if not fresh:
       return 0
     data = jax.random.key_data
-    return 1 + jnp.argmax(jnp.all(data(keys.support_mask) == data(mask_key), -1))
+    return 1 + jnp.argmax(jnp.all(data(keys.support_mask) == data(mask_key)[None], -1))
 
   mask = _given_mask(mode, which_of)
   meta_losses = {

@@ -78,7 +78,7 @@ def read_batch(z: goldens.Arrays) -> types.Batch:
 
 def given_dropout(masks: Mapping[str, np.ndarray]):
   """A context in which the student's dropouts multiply by recorded masks."""
-  paths = {("encoders", "text", "Dropout_0"): "L.dropout"}
+  paths: dict[Any, str] = {("encoders", "text", "Dropout_0"): "L.dropout"}
   classifier = sorted(name for name in masks if name.startswith("C."))
   paths |= {("classifier", f"Dropout_{n}"): name for n, name in enumerate(classifier)}
 
@@ -87,7 +87,7 @@ def given_dropout(masks: Mapping[str, np.ndarray]):
     while isinstance(root.parent, nn.Module):
       root = root.parent
     if isinstance(context.module, layers.Dropout) and isinstance(root, mmin.Student):
-      return args[0] * masks.get(paths.get(context.module.path), 1.0)
+      return args[0] * masks.get(paths.get(context.module.path, ""), 1.0)
     return call(*args, **kwargs)
 
   return nn.intercept_methods(intercept)
@@ -104,7 +104,7 @@ def compare_tree(
   z: goldens.Arrays, group: str, prefix: str, rules: torch_import.Rules, tree: types.Params
 ) -> Iterator[goldens.Row]:
   """Rows of gradients or parameters: every name that is recorded below `prefix`."""
-  flat = flax.traverse_util.flatten_dict(tree, sep="/")
+  flat: Any = flax.traverse_util.flatten_dict(tree, sep="/")
   for name, value in goldens.under(z, prefix).items():
     path = torch_import.locate(tree, name, rules)
     if path is None:  # the published attention, which has no influence
@@ -244,7 +244,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
 
   sizes = tuple(config[f"embd_size_{m}"] for m in "alv")
   encoders = mmin.Encoders(sizes, config["embd_method_a"], bert.setup(None))
-  target = encoders.apply({"params": params["teacher"]["encoders"]}, masking.complement(batch))
+  target: Any = encoders.apply({"params": params["teacher"]["encoders"]}, masking.complement(batch))
   found = {f"output/T_embd_{letter}": target[m] for letter, m in LETTERS.items()}
   yield from recorded(z, "output", {**found, "output/T_embds": mmin.concatenate(target)})
   for letter, theirs in (("A", "acoustic"), ("V", "visual"), ("L", "lexical")):
@@ -277,7 +277,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     dropout=0.0,
     bert=bert.setup(None),
   )
-  out = module.apply({"params": params["teacher"]}, masking.complete(batch))
+  out: Any = module.apply({"params": params["teacher"]}, masking.complete(batch))
   value = jax.jit(model.system.phases[0].loss)(params, batch, None, {})[0]
   found = {"feat": out["embedding"], "logits": out["prediction"]}
   named = {f"stage1/output/{name}": tensor for name, tensor in found.items()}

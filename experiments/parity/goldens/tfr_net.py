@@ -1,6 +1,7 @@
 """Compares TFR-Net with a recorded MMSA run: reconstruction, prediction, losses, gradients."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   params = goldens.torch_import.from_torch(template, recorded, tfr_net.TORCH_RULES)
   extra = {"batch_stats": {"head_norm": norm}}
 
-  def run(params, **how):
+  def run(params, **how) -> Any:
     return module.apply({"params": params, **extra}, batch, generate=True, **how)
 
   def loss(params, batch, key, extra):  # with the running statistics, as recorded

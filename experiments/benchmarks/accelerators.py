@@ -1,0 +1,334 @@
+"""What is a training step made of on a GPU or TPU? XLA's compilers for both run without either.
+
+python -m experiments.benchmarks.accelerators
+python -m experiments.benchmarks.accelerators --target=h100 --systems=self_mm,misa --json=rows.json
+
+A row per target, setting, system and order of the meta-gradients: whether M³S's iteration compiles,
+in what time, its temporaries, and what one call launches. A kernel costs some microseconds however
+little it computes, and a conditional waits for the host: many of either make a fast card slow.
+These are counts, not times. Needs the extra "aot".
+"""
+
+import collections
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import tabulate
+import tqdm
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from experiments.benchmarks import cases
+from mmjax import meta, models, recurrence, types
+
+_TARGETS = flags.DEFINE_list("target", ["h100", "v5e"], "What to compile for.")
+_SYSTEMS = flags.DEFINE_list("systems", sorted(models.MODELS), "Which systems.")
+_SETTINGS = flags.DEFINE_list("settings", ["aligned"], "aligned, unaligned, bert (a BERT-base).")
+_ORDERS = flags.DEFINE_list("orders", list(meta.ORDERS), "first, second.")
+_STEPS = flags.DEFINE_list("k", ["1"], "Numbers of inner steps.")
+_JSON = flags.DEFINE_string("json", None, "File for all numbers.")
+
+ROWS = 32
+SETTINGS = {
+  "aligned": cases.Setting(cases.ALIGNED, ROWS),
+  "unaligned": cases.Setting(cases.UNALIGNED, ROWS),
+  "bert": cases.Setting(cases.ALIGNED, ROWS, tokens=True),
+}
+# Public figures of the card, as XLA's `GpuTargetConfigProto`.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class Target(NamedTuple):
+  """What is compiled for.
+
+  Attributes:
+    packages: the modules of the compiler, and the distributions that they are in.
+    topology: arguments that describe the machine.
+    options: of the compiler, each a further try where the one before it fails.
+  """
+
+  packages: dict[str, str]
+  topology: dict[str, str]
+  options: tuple[dict[str, Any], ...]
+
+
+_UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to tune on
+TARGETS = {
+  "h100": Target(
+    {"jax_plugins.xla_cuda12": "jax-cuda12-plugin", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12"},
+    dict(platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100),
+    # untuned, it finds no tiles for a few products
+    (_UNTUNED, {**_UNTUNED, "xla_gpu_enable_triton_gemm": False}),
+  ),
+  "v5e": Target({"libtpu": "libtpu"}, dict(platform="tpu", topology_name="v5e:2x2"), ({},)),
+}
+
+
+class Launches(NamedTuple):
+  """What one call of a program launches; a loop's body counts as often as it runs.
+
+  Attributes:
+    kernels: operations that the device runs one by one.
+    loop_iterations: of all loops.
+    conditionals: decisions of the program; the dearest branch counts.
+    unknown: loops whose number of iterations the program does not know; they count once.
+  """
+
+  kernels: int = 0
+  loop_iterations: int = 0
+  conditionals: int = 0
+  unknown: int = 0
+
+
+# Operations of an optimized program that are launched; the others move nothing or hold others.
+LAUNCHED = re.compile(
+  r"fusion|custom-call|dot|convolution|copy|copy-start|sort|reduce|reduce-window|scatter|gather"
+  r"|dynamic-slice|dynamic-update-slice|transpose|concatenate|pad|iota|broadcast|cholesky"
+  r"|triangular-solve|rng|rng-bit-generator|all-reduce|all-gather|all-to-all|collective-permute"
+  r"|reduce-scatter"
+)
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r" = .*? ([a-z][\w\-]*)\(")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+
+def count_launches(text: str) -> Launches:
+  """Counts in an optimized program, `compiled.as_text()`.
+
+  Raises:
+    ValueError: if the text is no such program.
+  """
+  bodies, name, entry = collections.defaultdict(list), None, None
+  for line in text.splitlines():
+    if header := _HEADER.match(line):
+      name = header[2]
+      entry = name if header[1] else entry
+    elif name and line.startswith("  "):
+      bodies[name].append(_COMMENT.sub("", line))
+  if entry is None:
+    raise ValueError("this is no optimized program: it has no ENTRY.")
+
+  def add(*counts, times=1):
+    return Launches(*(times * sum(parts) for parts in zip(*counts, strict=True)))
+
+  @functools.cache
+  def of(name):
+    return add(Launches(), *map(of_line, bodies[name]))
+
+  def named(key, line):
+    found = re.search(rf"\b{key}=(\{{[^}}]*\}}|[^,]*)", line)
+    return re.findall(r"[\w.\-]+", found[1]) if found else []
+
+  def of_line(line):
+    found = _OPERATION.search(line)
+    operation = found[1] if found else ""
+    if operation == "while":
+      trips = _TRIPS.search(line)
+      times = int(trips[1]) if trips else 1
+      parts = (of(named(key, line)[0]) for key in ("body", "condition"))
+      body = add(*parts, times=times)
+      # a loop that is not left by a count known beforehand asks the host
+      return add(body, Launches(loop_iterations=times, unknown=int(not trips)))
+    if operation == "conditional":
+      pair = [
+        named(f"{side}_computation", line)[0]
+        for side in ("true", "false")
+        if f"{side}_comp" in line
+      ]
+      return add(max(map(of, pair or named("branch_computations", line))), Launches(conditionals=1))
+    if operation in ("call", "async-start"):
+      return of(named("to_apply" if "to_apply=" in line else "calls", line)[0])
+    return Launches(kernels=int(LAUNCHED.fullmatch(operation) is not None))
+
+  return of(entry)
+
+
+class MissingCompiler(types.UsageError):
+  """A target's compiler is not installed."""
+
+
+def find_compiler(target: str) -> None:
+  """Makes JAX find the compiler of a target; before any array exists.
+
+  Raises:
+    MissingCompiler: naming the packages that are not installed.
+  """
+  packages = TARGETS[target].packages
+  places = {module: place for module in packages if (place := _folder(module))}
+  missing = [package for module, package in packages.items() if module not in places]
+  if missing:
+    raise MissingCompiler(
+      f"--target={target} needs {', '.join(missing)}: pip install 'mmjax[aot]', or name another."
+    )
+  if "libtpu" in places:
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(places["libtpu"] / "libtpu.so"))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a real one,
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # which processes could not share
+  if "nvidia.cuda_nvcc" in places:  # its assembler
+    tools = str(places["nvidia.cuda_nvcc"] / "bin")
+    os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
+
+
+def _folder(module: str) -> pathlib.Path | None:
+  try:
+    found = importlib.util.find_spec(module)
+  except ModuleNotFoundError:  # the package around it
+    return None
+  places = found.submodule_search_locations if found else None
+  return pathlib.Path(next(iter(places))) if places else None
+
+
+@functools.cache
+def device(target: str) -> Any:
+  """A device of the target that no one needs to have."""
+  find_compiler(target)
+  return topologies.get_topology_desc(**TARGETS[target].topology).devices[0]
+
+
+def compile_for(target: str, function: Callable, *args: Any) -> tuple[Any, float]:
+  """Compiles a function for a target.
+
+  Args:
+    target: of `TARGETS`.
+    function: what `jax.jit` takes.
+    *args: trees of arrays or their shapes.
+
+  Returns:
+    The compiled program, which cannot run here, and the seconds that tracing and compiling took.
+  """
+  place = SingleDeviceSharding(device(target))
+  began = time.perf_counter()
+  with recurrence.portable():
+    lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
+  *tries, last = TARGETS[target].options
+  for options in tries:
+    try:
+      return lowered.compile(options), time.perf_counter() - began
+    except jax.errors.JaxRuntimeError:
+      began = time.perf_counter()
+  return lowered.compile(last), time.perf_counter() - began
+
+
+def training_step(
+  system: str, setting: cases.Setting, order: str, k: int
+) -> tuple[Callable, tuple]:
+  """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
+
+  Dropout is off and masks are drawn beforehand, as in the benchmark of times.
+  """
+  batch = cases.make_batch(setting, 2 * setting.rows)
+  text, *others = (types.ModalitySpec(*shape) for shape in setting.shapes)
+  spec = types.Spec(text._replace(tokens=setting.tokens), *others, num_train=2 * setting.rows)
+  made = models.MODELS[system]()
+  phase = made.phases[-1]
+  params, extra = jax.eval_shape(lambda key: made.init(key, spec), jax.random.key(0))
+
+  def loss(params, batch, key, extra):
+    return phase.loss(params, batch, None, extra)
+
+  iteration = meta.m3s(
+    loss,
+    lambda key, batch: batch,
+    inner_steps=k,
+    inner_optimizer=optax.sgd(1e-3),
+    order=order,
+    mode="mixed" if phase.hessian == "symmetric" else "reverse",
+  )
+  args = params, batch, jax.random.key(2), extra
+  return jax.value_and_grad(iteration, has_aux=True), jax.eval_shape(lambda *a: a, *args)
+
+
+def measure(target: str, system: str, setting: str, order: str, k: int) -> dict[str, Any]:
+  """One row. What does not compile says why in "error"."""
+  row = dict(target=target, system=system, setting=setting, order=order, k=k)
+  try:
+    function, args = training_step(system, SETTINGS[setting], order, k)
+    compiled, seconds = compile_for(target, function, *args)
+  except MissingCompiler:
+    raise
+  except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the row tells it
+    return {**row, "compiles": False, "error": str(error).strip().splitlines()[0][:200]}
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  return {
+    **row,
+    "compiles": True,
+    "compile_s": round(seconds, 1),
+    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
+    **count_launches(compiled.as_text())._asdict(),
+    "flops": cost.get("flops"),  # without those of Pallas kernels
+  }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """The rows as Markdown."""
+  head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "temp_MB"]
+  head += ["kernels", "loop_iterations", "conditionals"]
+  megabytes = lambda row: {**row, "temp_MB": round(row.get("temp_bytes", 0) / 1e6, 1)}  # noqa: E731
+  body = [[megabytes(row).get(name, "") for name in head] for row in rows]
+  return tabulate.tabulate(body, head, tablefmt="github")
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  jax.config.update("jax_platforms", "cpu")  # what is there is not asked
+  jax.config.update("jax_enable_compilation_cache", False)  # or it would not take its time
+  for target in _TARGETS.value:
+    find_compiler(target)
+  todo = [
+    (target, system, setting, order, int(k))
+    for target in _TARGETS.value
+    for setting in _SETTINGS.value
+    for system in _SYSTEMS.value
+    for order in _ORDERS.value
+    for k in _STEPS.value
+  ]
+  rows = []
+  for what in tqdm.tqdm(todo, disable=None):
+    rows.append(measure(*what))
+    if _JSON.value:
+      pathlib.Path(_JSON.value).write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+  print(table(rows))
+  for row in rows:
+    if not row["compiles"]:
+      print(f"{row['target']} {row['setting']} {row['system']} {row['order']}: {row['error']}")
+
+
+if __name__ == "__main__":
+  app.run(main)

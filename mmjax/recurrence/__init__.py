@@ -1,0 +1,220 @@
+"""LSTM and GRU: a loop on a CPU (`scan`), one kernel on a GPU or TPU (`kernel`).
+
+Both keep the states alone and have a backward pass of their own. Which of them runs is decided as a
+program is compiled for a device (`jax.lax.platform_dependent`). A process that has no accelerator
+traces the loop alone, which takes less time, unless it is told that its programs are for others:
+`with portable():`. `with plain():` traces a plain scan instead, on every device, to compare.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mmjax import parallel, types
+from mmjax.recurrence import kernel, scan
+
+Array = types.Array
+Weights = tuple[Array, Array, Array]
+
+_PLAIN = contextvars.ContextVar("mmjax_plain_recurrence", default=False)
+_PORTABLE = contextvars.ContextVar("mmjax_portable_recurrence", default=False)
+
+
+def plain() -> contextlib.AbstractContextManager[None]:
+  """What is traced inside runs recurrences as plain scans, differentiated by JAX itself."""
+  return _within(_PLAIN)
+
+
+def portable() -> contextlib.AbstractContextManager[None]:
+  """What is traced inside can be compiled for accelerators that this process does not have."""
+  return _within(_PORTABLE)
+
+
+@contextlib.contextmanager
+def _within(variable):
+  token = variable.set(True)
+  try:
+    yield
+  finally:
+    variable.reset(token)
+
+
+def lstm(
+  x: Array, valid: Array, w_ih: Array, w_hh: Array, bias: Array, *, reverse: bool = False
+) -> tuple[Array, Array]:
+  """Runs an LSTM of gates i, f, g, o over sequences whose padding keeps the state.
+
+  Args:
+    x: [L, B, D], the steps first.
+    valid: [L, B] bool.
+    w_ih: [D, 4H].
+    w_hh: [H, 4H].
+    bias: [4H].
+    reverse: from the last step to the first.
+
+  Returns:
+    Outputs [L, B, H], zero on padding, and the final state [B, H].
+  """
+  chex.assert_rank([x, valid, w_ih, w_hh, bias], [3, 2, 2, 2, 1])
+  chex.assert_shape(valid, x.shape[:2])
+  states, final = _run(x, valid[:, :, None], (w_ih, w_hh, bias), reverse)
+  return jnp.where(valid[:, :, None], states, 0), final
+
+
+def bilstm(
+  x: Array, valid: Array, forward: Weights, backward: Weights
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """Runs an LSTM in each direction, side by side: one loop of batched products, not two loops.
+
+  Args:
+    x: [L, B, D], the steps first.
+    valid: [L, B] bool.
+    forward, backward: (w_ih, w_hh, bias) of each direction, see `lstm`.
+
+  Returns:
+    Outputs (forward, backward), [L, B, H] each, and final states, [B, H] each.
+  """
+  if _PLAIN.get():
+    (ahead, last), (back, first) = (
+      lstm(x, valid, *forward),
+      lstm(x, valid, *backward, reverse=True),
+    )
+    return (ahead, back), (last, first)
+  # the longest sequence, turned round, begins at once: chunks of padding alone cost a loop nothing
+  last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
+  turn = functools.partial(  # its own inverse
+    _by_platform,
+    lambda a: jnp.roll(a[::-1], last, 0),
+    lambda a, **_: a,  # which turns round by itself
+    forward[1],
+  )
+  both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
+  weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
+  states, final = _run(both, seen, weights, False)
+  ahead, back = (jnp.where(valid[:, :, None], s, 0) for s in (states[:, 0], turn(states[:, 1])))
+  return (ahead, back), (final[0], final[1])
+
+
+def gru(
+  x: Array,
+  valid: Array,
+  w_ih: Array,
+  w_hh: Array,
+  b_ih: Array,
+  b_hh: Array,
+  *,
+  reverse: bool = False,
+) -> Array:
+  """Runs a GRU of gates r, z, n over sequences whose padding keeps the state.
+
+  Args:
+    x: [B, L, D].
+    valid: [B, L] bool.
+    w_ih: [D, 3H].
+    w_hh: [H, 3H].
+    b_ih, b_hh: [3H].
+    reverse: from the last step to the first.
+
+  Returns:
+    Outputs [B, L, H], zero on padding.
+  """
+  chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
+  chex.assert_shape(valid, x.shape[:2])
+  if _PLAIN.get() or not _accelerated(w_hh.shape[0], w_hh.dtype):
+    return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
+  # r, z, and the two parts of n: the state's is multiplied by r
+  (w_rz, w_n), (u_rz, u_n), (b_rz, b_n), (c_rz, c_n) = (
+    jnp.split(a, [2 * w_hh.shape[0]], -1) for a in (w_ih, w_hh, b_ih, b_hh)
+  )
+  w = [[w_rz, w_n, jnp.zeros_like(w_n)], [u_rz, jnp.zeros_like(u_n), u_n]]
+  bias = jnp.concatenate([b_rz + c_rz, b_n, c_n])
+  steps, seen = x.swapaxes(0, 1), valid.T[:, :, None]
+  states, _ = _in_chunks(steps.astype(w_hh.dtype), seen, jnp.block(w), bias, kernel.GRU, reverse)
+  return jnp.where(seen, states, 0).swapaxes(0, 1)
+
+
+def _run(x, valid, weights, reverse):
+  """h after each step and the final h.
+
+  Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
+  weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
+  """
+  # features may be of half precision; the weights' own, mostly, is what is computed in
+  with jax.numpy_dtype_promotion("standard"):
+    dtype = jnp.result_type(x, *weights)
+  x, w_ih, w_hh, bias = (a.astype(dtype) for a in (x, *weights))
+  # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
+  # code of gates that are sliced out of a large array (three times as slow on a CPU)
+  w = jnp.concatenate([w_ih, w_hh], -2)
+  if _PLAIN.get():
+    return scan.plain(x, valid, w, bias, reverse)
+  return _in_chunks(x, valid, w, bias, kernel.LSTM, reverse)
+
+
+def _in_chunks(x, valid, w, bias, cell, reverse):
+  """`_chunked`, x [L, (G,) B, D] -> h after each step, [L, (G,) B, H], and the final h."""
+  steps = x.shape[0]
+  size = _chunk_size(steps)
+  padding = -steps % size  # invalid steps at the end change nothing, in either direction
+  chunked = [
+    jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:])
+    for a in (x, valid)
+  ]
+  rows = x.ndim - 2
+  chunks = parallel.by_rows(
+    lambda *args: _chunked(*args, cell, reverse),
+    in_axes=(rows + 1, rows + 1, None, None),
+    out_axes=(rows + 1, rows - 1),
+    rows=x.shape[rows],
+  )
+  states, final = chunks(*chunked, w, bias)
+  return states.reshape(-1, *states.shape[2:])[:steps], final
+
+
+def _chunk_size(steps: int) -> int:
+  """Steps recomputed at once: about √L, so that chunks and their number grow alike."""
+  chunks = max(round(math.sqrt(steps / 2)), 1)
+  return -(-steps // chunks)
+
+
+def _accelerated(hidden, dtype):
+  """Whether programs may be for an accelerator, and there is a kernel for such weights."""
+  return kernel.fits(hidden, dtype) and (_PORTABLE.get() or jax.default_backend() != "cpu")
+
+
+def _by_platform(loop, kernel_of, w, *args):
+  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes weights [..., 4H]."""
+  if not _accelerated(w.shape[-1] // 4, w.dtype):
+    return loop(*args)
+  kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}
+  return jax.lax.platform_dependent(*args, default=loop, **kernels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x, valid, w, bias, cell, reverse):
+  """x [N, T, (G,) B, D] in chunks of T steps -> h after each step, and the final h."""
+  return _chunked_fwd(x, valid, w, bias, cell, reverse)[0]
+
+
+def _chunked_fwd(x, valid, w, bias, cell, reverse):
+  loop = scan.forward if cell is kernel.LSTM else functools.partial(kernel.forward, cell)
+  runs = loop, functools.partial(kernel.forward, cell)
+  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in runs)
+  *states, final = _by_platform(loop, of_kernel, w, x, valid, w, bias)
+  return (states[0], final), (x, valid, w, bias, *states)
+
+
+def _chunked_bwd(cell, reverse, kept, cotangents):
+  loop = scan.backward if cell is kernel.LSTM else functools.partial(kernel.backward, cell)
+  runs = loop, functools.partial(kernel.backward, cell)
+  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in runs)
+  d_x, d_w, d_bias = _by_platform(loop, of_kernel, kept[2], *kept, *cotangents)
+  return d_x, None, d_w, d_bias
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

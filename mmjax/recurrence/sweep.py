@@ -1,0 +1,243 @@
+"""Any step function over a sequence as one Pallas kernel, which holds the loop.
+
+  grid       (directions, tiles of rows, chunks of steps); `jax.vmap` adds axes of its own, for
+             seeds and tasks.
+  carry      in registers. A TPU's grid runs in order: from one chunk of steps to the next the carry
+             waits in scratch memory. On a GPU there is one chunk.
+  weights    loaded once, before the loop, where registers hold them; else in each step, from cache.
+  inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
+             GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
+             them lies in VMEM, and the next is fetched meanwhile.
+
+Triton takes products of at least 16 and powers of two: B must be divisible by 16, H a power of two
+from 16 on. A tile has 16 rows on a GPU, since tiles run side by side and none waits for another; on
+a TPU, whose grid runs in order, it is as large as VMEM allows.
+
+The derivative of a sweep in forward mode is a sweep, of the step's tangents. In reverse mode it is
+that of a `lax.scan` of the same step.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as plgpu
+
+Array = jax.Array
+Planes = tuple[Array, ...]
+
+LEAST = 16  # rows and columns of a product
+RESIDENT_BYTES = 64 * 2**10  # of weights, a quarter of a GPU multiprocessor's registers
+LANES = 128
+VMEM_BYTES = 10 * 2**20  # for blocks, of the 16 MiB that a TPU's compiler grants a kernel
+
+
+class Sweep(NamedTuple):
+  """What a kernel runs.
+
+  Attributes:
+    step: (weights, carry, inputs) -> (carry, outputs): lists of `Planes`, [H, H] each of the
+      weights and [B, H] each of the others; the carry is one `Planes`.
+    carry: the number of planes that a step hands on; zeros at first.
+    outputs: of each output, the number of planes and the dtype.
+    backwards: of each direction G, whether it runs from the last step to the first.
+    chunk: steps of a TPU's block; it divides L.
+    target: "cuda" or "tpu", whose blocks and compiler are used; "loop": a `lax.scan` instead.
+    interpret: run it without a compiler, to test it.
+  """
+
+  step: Callable[..., Any]
+  carry: int
+  outputs: tuple[tuple[int, Any], ...]
+  backwards: tuple[bool, ...]
+  chunk: int
+  target: str
+  interpret: bool = False
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers and passes of one shape
+def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
+  """Runs a step over all steps of a sequence.
+
+  Args:
+    how: see there.
+    weights: [G, H, planes * H] each.
+    inputs: [G, L, B, planes * H] each; the first one's dtype is the carry's.
+
+  Returns:
+    The outputs, [G, L, B, planes * H] each.
+  """
+  if how.target == "loop":
+    return loop(how, weights, inputs)
+  directions, steps, rows, _ = inputs[0].shape
+  width, dtype = weights[0].shape[1], inputs[0].dtype
+  tile = _tile(how, inputs, rows, width)
+  size = how.chunk if how.target == "tpu" else steps
+  chunks = steps // size
+  resident = sum(w.nbytes // directions for w in weights) <= RESIDENT_BYTES
+
+  def backwards(direction):
+    one, *other = how.backwards
+    return jnp.where(direction == 0, one, other[0]) if other else one
+
+  def by_step(planes):
+    def index(direction, row, n):
+      return direction, jnp.where(backwards(direction), chunks - 1 - n, n), row, 0
+
+    return pl.BlockSpec((None, size, tile, planes), index)
+
+  def whole(planes):
+    return pl.BlockSpec((None, width, planes), lambda direction, row, n: (direction, 0, 0))
+
+  def kernel(*refs):
+    refs = iter(refs)
+    numbers = len(weights), len(inputs), len(how.outputs), how.carry if chunks > 1 else 0
+    w_refs, in_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
+    turned = backwards(pl.program_id(0))
+    load = lambda: [tuple(ref[:, q] for q in _parts(ref.shape[1], width)) for ref in w_refs]  # noqa: E731
+    loaded = load() if resident else None
+
+    def body(k, carry):
+      t = jnp.where(turned, size - 1 - k, k)
+      now = [tuple(ref[t, :, part] for part in _parts(ref.shape[2], width)) for ref in in_refs]
+      carry, outputs = how.step(loaded or load(), carry, now)
+      for ref, planes in zip(out_refs, outputs, strict=True):
+        for part, plane in zip(_parts(ref.shape[2], width), planes, strict=True):
+          ref[t, :, part] = plane.astype(ref.dtype)
+      return carry
+
+    zero = jnp.zeros((tile, width), dtype)
+    carry = (zero,) * how.carry
+    if kept:
+      carry = tuple(jnp.where(pl.program_id(2) == 0, zero, ref[...]) for ref in kept)
+    carry = jax.lax.fori_loop(0, size, body, carry)
+    for ref, last in zip(kept, carry, strict=False):
+      ref[...] = last
+
+  run = pl.pallas_call(
+    kernel,
+    grid=(directions, rows // tile, chunks),
+    in_specs=[whole(w.shape[-1]) for w in weights] + [by_step(x.shape[-1]) for x in inputs],
+    out_specs=[by_step(planes * width) for planes, _ in how.outputs],
+    out_shape=[
+      jax.ShapeDtypeStruct((directions, steps, rows, planes * width), dtype)
+      for planes, dtype in how.outputs
+    ],
+    scratch_shapes=[pltpu.VMEM((tile, width), dtype)] * (how.carry if chunks > 1 else 0),
+    compiler_params=_compiler_params(how, width),
+    interpret=how.interpret,
+    name=how.step.__name__,
+  )
+  return tuple(run(*weights, *inputs))
+
+
+def _parts(size, width):
+  """Where the planes are on an axis of that size."""
+  return [slice(start, start + width) for start in range(0, size, width)]
+
+
+def _tile(how, inputs, rows, width):
+  """Rows of a block."""
+  if how.target != "tpu":
+    return LEAST
+  columns = [x.shape[-1] for x in inputs] + [planes * width for planes, _ in how.outputs]
+  row = 2 * how.chunk * sum(-(-n // LANES) * LANES for n in columns) * 4  # 2: the next block comes
+  tile = LEAST
+  while rows % (2 * tile) == 0 and 2 * tile * row <= VMEM_BYTES:
+    tile *= 2
+  return tile
+
+
+def _compiler_params(how, width):
+  if how.target == "tpu":
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+  return plgpu.CompilerParams(
+    num_warps=4 if width <= 32 else 8 if width <= 64 else 16, num_stages=1
+  )
+
+
+def loop(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
+  """What `sweep` computes, as a `lax.scan`."""
+  found = [
+    _scan(how, turned, [w[g] for w in weights], [x[g] for x in inputs])
+    for g, turned in enumerate(how.backwards)
+  ]
+  return tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced and transposed once
+def _scan(how, turned, weights, inputs):
+  """One direction of `loop`, without its axis."""
+  width = weights[0].shape[0]
+  split = lambda a: tuple(a[:, part] for part in _parts(a.shape[1], width))  # noqa: E731
+  own = list(map(split, weights))
+
+  def step(carry, now):
+    carry, outputs = how.step(own, carry, list(map(split, now)))
+    joined = [jnp.concatenate(planes, -1) for planes in outputs]
+    return carry, [a.astype(dtype) for a, (_, dtype) in zip(joined, how.outputs, strict=True)]
+
+  zero = jnp.zeros((inputs[0].shape[1], width), inputs[0].dtype)
+  return jax.lax.scan(step, (zero,) * how.carry, inputs, reverse=turned)[1]
+
+
+@functools.cache
+def _tangent(how: Sweep) -> Sweep:
+  """The sweep of tangents: of [weights, their tangents] and [inputs, their tangents]."""
+
+  def half(parts):
+    middle = len(parts) // 2
+    return parts[:middle], parts[middle:]
+
+  @functools.wraps(how.step)
+  def step(weights, carry, inputs):
+    (w, d_w), (s, d_s), (x, d_x) = map(half, (weights, carry, inputs))
+    (s, _), (d_s, outputs) = jax.jvp(how.step, (w, s, x), (d_w, d_s, d_x))
+    return (*s, *d_s), outputs
+
+  return how._replace(step=step, carry=2 * how.carry)
+
+
+@sweep.defjvp
+def _sweep_jvp(how, primals, tangents):
+  weights, inputs = primals
+  tangent = _tangent(how)
+
+  def by_kernel(d):
+    return sweep(tangent, [*weights, *d[0]], [*inputs, *d[1]])
+
+  def by_loop(d):
+    return jax.jvp(functools.partial(loop, how), primals, d)[1]
+
+  out = sweep(how, weights, inputs)
+  return out, _linear(by_kernel, by_loop, tangents, out)
+
+
+def _linear(run: Callable, same: Callable, x: Any, like: Any) -> Any:
+  """`run(x)`, transposed as `same`, which computes the same linear function; shaped as `like`.
+
+  JAX's one public primitive that has a transpose of one's own, under `vmap` too, is the linear
+  solver: [x, y] with y = f(x) solves the system x = b, y - f(x) = 0.
+  """
+  nothing = jnp.where(False, jax.tree.leaves(x)[0].ravel()[0], 0)  # 0, but linear in x
+  zeros = jax.tree.map(lambda a: jnp.broadcast_to(nothing.astype(a.dtype), a.shape), like)
+  add = functools.partial(jax.tree.map, jnp.add)
+
+  def apply(both):
+    x, y = both
+    return x, jax.tree.map(jnp.subtract, y, same(x))
+
+  def solve(_, both):
+    x, y = both
+    return x, add(y, run(x))
+
+  def transposed(_, both):
+    x, y = both
+    return add(x, jax.linear_transpose(same, x)(y)[0]), y
+
+  return jax.lax.custom_linear_solve(apply, (x, zeros), solve, transposed)[1]

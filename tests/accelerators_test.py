@@ -1,0 +1,103 @@
+"""What a compiled program launches, counted; recurrences compiled for a GPU and a TPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks import accelerators
+from mmjax import recurrence
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0:T(128)S(1)} get-tuple-element(%p), index=1
+  %twice = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="while(a)"}
+  %sum = f32[4]{0} custom-call(%twice), custom_call_target="__gpu$xla.gpu.triton"
+  ROOT %out = (s32[], /*index=1*/f32[4]{0}) tuple(%n, %sum)
+}
+
+%condition (p.1: (s32[], f32[4])) -> pred[] {
+  %p.1 = (s32[], f32[4]{0}) parameter(0)
+  ROOT %less = pred[] fusion(%p.1), kind=kLoop, calls=%compared
+}
+
+%cheap (q: f32[4]) -> f32[4] {
+  ROOT %copy = f32[4]{0} copy(%q)
+}
+
+%dear (q.1: f32[4]) -> f32[4] {
+  %sorted = f32[4]{0} sort(%q.1), dimensions={0}
+  ROOT %copy.1 = f32[4]{0} copy(%sorted)
+}
+
+ENTRY %main (a: f32[4], b: s32[]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %loop = (s32[], f32[4]) while(), condition=%condition, body=%body, {"known_trip_count":{"n":"5"}}
+  %y = f32[4]{0} get-tuple-element(%loop), index=1
+  %z = f32[4]{0} conditional(%b, %y, %y), branch_computations={%cheap, %dear}
+  ROOT %called = f32[4]{0} call(%z), to_apply=%cheap
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_dearest():
+  found = accelerators.count_launches(PROGRAM)
+  assert found == (5 * (2 + 1) + 2 + 1, 5, 1, 0)
+  unknown = accelerators.count_launches(PROGRAM.replace("known_trip_count", "init_step"))
+  assert unknown == (1 * (2 + 1) + 2 + 1, 1, 1, 1)
+  two_ways = "true_computation=%dear, false_computation=%cheap"
+  as_pair = PROGRAM.replace("branch_computations={%cheap, %dear}", two_ways)
+  assert accelerators.count_launches(as_pair) == found
+  with pytest.raises(ValueError, match="no optimized program"):
+    accelerators.count_launches("module @jit_step {}")
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+  absent = accelerators.TARGETS["h100"]._replace(packages={"nowhere.compiler": "the-wheel"})
+  monkeypatch.setitem(accelerators.TARGETS, "h100", absent)
+  with pytest.raises(accelerators.MissingCompiler, match="needs the-wheel: pip install") as error:
+    accelerators.find_compiler("h100")
+  assert "\n" not in str(error.value)
+
+
+def second_order(weights, x, valid):
+  def loss(weights):
+    outputs, finals = recurrence.bilstm(x, valid, weights, weights)
+    return sum(jnp.sum(a**2) for a in (*outputs, *finals))
+
+  return jax.jvp(jax.grad(loss), (weights,), (weights,))
+
+
+def shapes(steps, seeds=()):
+  width, hidden = 5, 20
+  weights = [(*seeds, *s) for s in ((width, 4 * hidden), (hidden, 4 * hidden), (4 * hidden,))]
+  return (
+    tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in weights),
+    jax.ShapeDtypeStruct((steps, 20, width), jnp.float32),
+    jax.ShapeDtypeStruct((steps, 20), bool),
+  )
+
+
+@pytest.mark.parametrize("target", accelerators.TARGETS)
+def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
+  try:
+    accelerators.find_compiler(target)
+  except accelerators.MissingCompiler as error:
+    pytest.skip(str(error))
+
+  def compiled(function, *args):
+    text = accelerators.compile_for(target, function, *args)[0].as_text()
+    kernels = sum("lstm_" in line and " custom-call(" in line for line in text.splitlines())
+    return accelerators.count_launches(text), kernels
+
+  short, kernels = compiled(second_order, *shapes(9))
+  assert short.loop_iterations == short.conditionals == 0
+  assert kernels == 4  # forward and backward, and the tangents of both
+  long, _ = compiled(second_order, *shapes(300))
+  assert long.loop_iterations == 0
+  assert long.kernels <= short.kernels + 4  # sums over many steps are taken in parts
+  seeds = jax.vmap(second_order, (0, None, None))
+  three, kernels = compiled(seeds, *shapes(9, seeds=(3,)))
+  assert kernels == 4
+  assert three.kernels <= 1.2 * short.kernels
