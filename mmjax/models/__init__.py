@@ -7,7 +7,9 @@ from mmjax import registry, torch_import, types
 from mmjax.models import (
   almt,
   cenet,
+  corrkd,
   dmd,
+  hrlf,
   lmf,
   lnln,
   misa,
@@ -18,12 +20,15 @@ from mmjax.models import (
   tetfn,
   tfn,
   tfr_net,
+  transm,
 )
 
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "corrkd": corrkd.make,
   "dmd": dmd.make,
+  "hrlf": hrlf.make,
   "lmf": lmf.make,
   "lnln": lnln.make,
   "misa": misa.make,
@@ -34,6 +39,7 @@ MODELS = {
   "tetfn": tetfn.make,
   "tfn": tfn.make,
   "tfr_net": tfr_net.make,
+  "transm": transm.make,
 }
 
 

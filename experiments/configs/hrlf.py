@@ -1,0 +1,39 @@
+"""HRLF (Li et al. 2024) with the paper's hyperparameters (§4.2) and its training mask, MSM.
+
+python -m experiments.train --config=hrlf:mosi \
+    --data_dir=data --workdir=runs/hrlf
+
+The teacher trains as long as the student; the paper does not say how long it does.
+"""
+
+from experiments.configs import common
+
+# What `experiments.ablate` changes: Table 3 of the paper, and its loss on the outputs.
+ABLATIONS = {
+  "components": {
+    "w/o FRF": {"model.frf_weight": 0.0},
+    "w/o HMI": {"model.hmi_weight": 0.0},
+    "w/o HAL": {"model.hal_weight": 0.0},
+    "w/o KL": {"model.kl_weight": 0.0},
+  },
+}
+# heads, epochs of a phase, learning rate, batch size
+SETTINGS = {
+  "mosi": (10, 50, 1e-3, 128),
+  "mosei": (8, 20, 2e-3, 16),
+  "iemocap": (10, 30, 4e-3, 32),
+}
+
+
+def get_config(dataset: str = "mosi"):
+  config = common.get_config(dataset)
+  heads, epochs, rate, rows = common.settings_for("hrlf", dataset, SETTINGS)
+  config.model = dict(name="hrlf", heads=heads, teacher_epochs=epochs)
+  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.train.batch_size = rows
+  config.train.epochs = 2 * epochs
+  config.train.patience = 0
+  config.optimizer = dict(name="adam", learning_rate=rate)
+  config.mask = dict(name="msm", drop=())
+  config.method = dict(name="spl")
+  return config
