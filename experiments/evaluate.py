@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments import build, cli, processes, settings, workdir
 from experiments.report import rates
-from mmjax import evaluate
+from mmjax import evaluate, masking
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.", flag_values=_FLAGS)
@@ -58,7 +58,17 @@ def main():
   rows = evaluate.robustness(
     run.recipe.system, best.params, best.extra, split, run.dataset.spec, conditions, mask_seeds
   )
-  rates.write(rows, pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness"))
+  selection = build.selection(run.config, run.dataset.spec)
+  told = {"split": _SPLIT.value, "selection": selection}
+  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness")
+  test = build.test_settings(config)
+  rates.write(
+    [{**told, **row} for row in rows],
+    out,
+    by=("split", "selection", "kind", "condition"),
+    quantity=masking.quantity(test["name"]),
+  )
+  rates.missing(evaluate.count_missing(split, conditions, mask_seeds), out, [test])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,23 @@ def _welch(a, b) -> float:
   return float(test.pvalue)
 
 
+def holm(p: Sequence[float]) -> list[float]:
+  """p-values corrected for their number, after Holm (1979).
+
+  Args:
+    p: those of one family of tests; NaN where there was none, which does not count.
+
+  Returns:
+    The smallest level at which the step-down procedure rejects each; NaN stays.
+  """
+  order = sorted((i for i, value in enumerate(p) if value == value), key=lambda i: p[i])
+  found, largest = [float("nan")] * len(p), 0.0
+  for rank, i in enumerate(order):
+    largest = max(largest, min(1.0, (len(order) - rank) * p[i]))
+    found[i] = largest
+  return found
+
+
 def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
   """Mean and standard deviation of every metric over the seeds.
 
@@ -53,8 +70,9 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
 
   Returns:
     One row per metric and method: "metric", `by`, "n" runs, "mean", "std" over runs, "delta"
-    against the baseline's mean, and "p" of Welch's two-tailed t-test against its runs (NaN
-    for the baseline itself and below two runs).
+    against the baseline's mean, "p" of Welch's two-tailed t-test against its runs (NaN
+    for the baseline itself and below two runs), and "p_holm", corrected (`holm`) for the number of
+    methods that the metric compares.
   """
   frame = pd.DataFrame(rows)
   runs: Any = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
@@ -75,7 +93,9 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
           "p": p,
         }
       )
-  return pd.DataFrame(found)
+  table = pd.DataFrame(found)
+  table["p_holm"] = table.groupby("metric", sort=False)["p"].transform(holm)
+  return table
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
