@@ -144,6 +144,21 @@ def test_an_optimizer_reads_the_value_and_its_derivative(mode):
   np.testing.assert_allclose(grads["theta"], expected, rtol=1e-5)
 
 
+def test_an_inner_loop_is_one_step_of_sgd_by_default():
+  """θ* = θ - α (θ - a), its derivative too; α is 1e-3, or the rates that are given."""
+  theta, a = 2.0, -1.0
+  call = lambda theta, **rates: meta.adapt(  # noqa: E731
+    quadratic, no_mask, {"theta": theta}, labelled(a, a), jax.random.key(0), {}, **rates
+  )[0]["theta"]
+  for rates, alpha in ({}, 1e-3), ({"inner_rates": {"theta": jnp.float32(0.2)}}, 0.2):
+    value, slope = jax.value_and_grad(functools.partial(call, **rates))(jnp.float32(theta))
+    np.testing.assert_allclose(value, theta - alpha * (theta - a), rtol=1e-6)
+    np.testing.assert_allclose(slope, 1 - alpha, rtol=1e-6)
+  method = meta.METHODS["m3s"](no_mask).wrap(quadratic, jax.random.key(0), {})
+  found = method({"theta": jnp.float32(theta)}, labelled(a, a), jax.random.key(0), {})[0]
+  np.testing.assert_allclose(found, 0.5 * (0.999 * (theta - a)) ** 2, rtol=1e-5)
+
+
 def test_an_optimizer_searches_along_the_value_function():
   params = {"theta": jnp.float32(2.0)}
   search = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20))
@@ -452,13 +467,10 @@ def test_support_and_query_are_masked_on_their_own(fresh):
   params = {"theta": jnp.float32(0)}
   support, _ = meta.split_support_query(batch)
   mask = masking.span(0.5)
-  _, losses = meta.adapt(
-    loss, mask, params, support, keys, {}, optimizer=optax.sgd(0.0), fresh_masks=fresh
-  )
+  still = dict(optimizer=optax.sgd(0.0), **({"fresh_masks": True} if fresh else {}))
+  _, losses = meta.adapt(loss, mask, params, support, keys, {}, **still)
   _, aux = meta.m3s(loss, mask, inner_steps=3, fresh_masks=fresh)(params, batch, key, {})
-  _, same = meta.adapt(
-    loss, mask, params, support, key, {}, inner_steps=3, fresh_masks=fresh, optimizer=optax.sgd(0.0)
-  )
+  _, same = meta.adapt(loss, mask, params, support, key, {}, inner_steps=3, **still)
   np.testing.assert_array_equal(losses, same)  # one key stands for those that are split from it
   assert (len(set(np.asarray(losses).tolist())) > 1) == fresh
   assert aux.metrics["mask"] not in np.asarray(losses)
