@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import toy
-from mmjax import checkpoint, masking, meta, metrics, optim, sources, train, types
+from mmjax import checkpoint, masking, meta, metrics, optim, parallel, sources, train, types
 
 KEY = jax.random.key(5)
 DATA = toy.make_batch(32)
@@ -137,18 +137,23 @@ def test_phases_train_their_own_parameters_in_their_own_epochs():
     entered.append((epoch, source.rows, source.read().index.shape))
     return {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}, extra
 
+  def loss(params, batch, key, extra):
+    value, aux = toy.loss(params, batch, key, extra)
+    return value, aux._replace(metrics={"two": jnp.float32(2.0)})
+
   phases = (
-    types.Phase("encoder", toy.loss, trains="^encoder/", share=0.5),
-    types.Phase("head", toy.loss, trains="^head/", epochs=(1, 2), on_epoch=on_epoch),
+    types.Phase("encoder", loss, trains="^encoder/", share=0.5),
+    types.Phase("head", loss, trains="^head/", epochs=(1, 2), on_epoch=on_epoch),
   )
   optimizers = {p.name: optim.make(learning_rate=0.01) for p in phases}
   plan = recipe(system=toy.make_system(phases=phases), optimizers=optimizers, epochs=3)
   begin = train.start(plan, DATA, toy.SPEC, KEY)
-  params, steps, best = [jax.tree.map(np.array, begin.state.params)], [], []
+  params, steps, best, means = [jax.tree.map(np.array, begin.state.params)], [], [], []
   for report in train.fit(plan, DATA, {"valid": validate}, begin, KEY):
     params.append(jax.tree.map(np.array, report.progress.state.params))
     steps.append(int(report.progress.state.step))
     best.append(int(report.progress.best["valid/mae"].epoch))
+    means.append({name: value for name, value in report.train.items() if "two" in name})
   chex.assert_trees_all_equal(params[1]["head"], params[0]["head"])
   assert (params[1]["encoder"]["kernel"] != params[0]["encoder"]["kernel"]).any()
   assert steps == [2, 2 + 2 + 4, 8 + 2]
@@ -156,6 +161,11 @@ def test_phases_train_their_own_parameters_in_their_own_epochs():
   assert (params[2]["head"]["kernel"] != 0).all()
   chex.assert_trees_all_equal(params[3]["head"], params[2]["head"])
   assert best[0] == -1 and best[1] == 1  # nothing is selected before the last phase
+  assert means == [
+    {"encoder/two": 2.0},
+    {"encoder/two": 2.0, "head/two": 2.0},
+    {"encoder/two": 2.0},
+  ]
 
 
 def test_what_a_phase_sets_each_epoch_stays_its_own():
@@ -166,10 +176,23 @@ def test_what_a_phase_sets_each_epoch_stays_its_own():
     params, extra = toy.init(key, spec)
     return params, {**extra, "a": shared, "b": shared}
 
-  on_epoch = lambda params, extra, epoch, source: (params, {**extra, "a": shared, "b": shared})  # noqa: E731
+  entered, caught = [], []
+
+  def on_epoch(params, extra, epoch, source):
+    entered.append(epoch)
+    return params, {**extra, "a": shared, "b": shared}
+
+  def pause(progress):
+    caught.append(progress)
+    raise Killed
+
   system = types.System(init, toy.predict, (types.Phase("main", toy.loss, on_epoch=on_epoch),))
-  run(recipe(system=system, epochs=2))
+  plan = recipe(system=system, epochs=2)
+  with pytest.raises(Killed):
+    run(plan, pause=pause)
+  run(plan, *caught)
   assert float(shared.sum()) == 3
+  assert entered == [0, 1]  # and not once more where a run goes on in the middle
 
 
 def test_arrays_of_init_survive():
@@ -228,7 +251,7 @@ def test_runs_side_by_side_equal_runs_in_turn(finished):
     [False] * 2,
     [False, True],
   ]
-  assert paused[:3] == [[1, 1], [2, 2], [3, 3]]
+  assert paused == [[n, n] for n in (1, 2, 3)] * 2 + [[n, 0] for n in (1, 2, 3)]
   for (report, _), alone in zip(reports, finished, strict=False):
     np.testing.assert_allclose(report.train["loss"], alone.train["loss"], rtol=1e-4)
   other = run(recipe(epochs=2), train.start(plan, DATA, toy.SPEC, keys[1]), key=keys[1])
@@ -272,6 +295,52 @@ def test_each_metric_selects_its_own_epoch_in_its_own_direction():
   ]
   chex.assert_trees_all_equal(best["valid/mae"].params, reports[-1].progress.state.params)
   assert int(best["test/acc"].extra["calls"]) == 8  # of that epoch
+  # what was reported stays
+  assert [int(r.progress.best["valid/mae"].epoch) for r in reports] == [-1, 1, 1, 3]
+  assert reports[0].progress.best["valid/mae"].score == np.inf
+  assert [r.evaluated["valid"]["mae"] for r in reports[1:]] == [3.0, 4.0, 2.0]
+
+
+def test_an_equal_score_is_no_better_one():
+  """Though 0.7 is more than float32(0.7), as which it is kept."""
+  plan = recipe(select=("valid/acc",), epochs=2)
+  reports = run(plan, evaluators={"valid": scores(0.7, 0.7, metric="acc")})
+  assert [r.improved for r in reports] == [("valid/acc",), ()]
+
+
+def test_nothing_is_selected_and_no_patience_lost_before_the_last_phase():
+  phases = (types.Phase("first", toy.loss), types.Phase("last", toy.loss, epochs=(2, None)))
+  system = toy.make_system(phases=phases)
+  optimizers = dict.fromkeys(("first", "last"), optim.make(learning_rate=0.01))
+  plan = recipe(system=system, optimizers=optimizers, patience=1, epochs=5)
+  nan = float("nan")
+  for values, improved in (
+    ((1.0, 1.0, 3.0, 4.0), [False, False, True, False]),
+    ((1.0, 1.0, nan), [False] * 3),
+  ):
+    reports = run(plan, evaluators={"valid": scores(*values)})
+    assert [bool(r.improved) for r in reports] == improved
+  short = run(plan._replace(epochs=2), evaluators={"valid": scores(2.0, 3.0)})
+  assert int(short[-1].progress.best["valid/mae"].epoch) == 1  # it ends before that phase: the last
+
+
+def test_stretches_grow_and_shrink_to_the_seconds_asked_for(monkeypatch):
+  took, paused = iter([4.9, 5.0, 20.0, 20.1, 21.0, 21.0, 0.0, *[10.0] * 9]), []
+  monkeypatch.setattr(parallel, "agree", lambda seconds: next(took))
+  run(recipe(batch_size=1, epochs=1), pause=lambda progress: paused.append(int(progress.done)))
+  assert paused == [1, 5, 9, 13, 15, 16, 17, 21, 25, 29]
+
+
+def test_an_evaluator_reads_arrays_of_this_process(monkeypatch):
+  monkeypatch.setattr(parallel, "local", lambda tree: jax.tree.map(np.asarray, tree))
+  asked = []
+
+  def evaluate(params, extra):
+    asked.extend(jax.tree.leaves((params, extra)))
+    return {"mae": 1.0}
+
+  run(recipe(epochs=1), evaluators={"valid": evaluate})
+  assert len(asked) == 8 and all(isinstance(leaf, np.ndarray) for leaf in asked)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +368,32 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(changed, messag
   plan = recipe(system=toy.make_system(phases=(types.Phase("main", loss),)), **changed)
   with pytest.raises(types.UsageError, match=message):
     run(plan)
+  with pytest.raises(types.UsageError, match=f"{message}|progress is of a run that selects"):
+    train.fit(plan, DATA, {"valid": validate}, train.start(recipe(), DATA, toy.SPEC, KEY), KEY)
   assert not calls
+
+
+def test_the_least_that_can_be_trained():
+  """One row, batches of one, a patience of one; or no epoch at all."""
+  one = jax.tree.map(lambda a: a[:1], DATA)
+  plan = recipe(batch_size=1, epochs=0, patience=1)
+  train.start(plan._replace(epochs=1), one, toy.SPEC, KEY)
+  assert run(plan, data=one) == []
+
+
+def test_runs_that_cannot_train_side_by_side_are_refused(finished):
+  begin, both = train.start(recipe(), DATA, toy.SPEC, KEY), [{"valid": scores(1.0)}] * 2
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+  for plan, evaluators, progresses, keys, message in (
+    (recipe(), both, [begin] * 2, [KEY], "as many"),
+    (recipe(), both, [begin], [KEY] * 2, "as many"),
+    (recipe(), [], [], [], "as many"),
+    (recipe(mesh=mesh), both, [begin] * 2, [KEY] * 2, "one device"),
+    (recipe(), both, [begin, begin._replace(done=np.int32(1))], [KEY] * 2, "same step"),
+    (recipe(), both, [begin, begin._replace(epoch=np.int32(1))], [KEY] * 2, "same step"),
+  ):
+    with pytest.raises(types.UsageError, match=message):
+      next(train.fit(plan, DATA, evaluators, progresses, keys))
 
 
 def test_an_empty_split_is_refused():
@@ -356,14 +450,42 @@ def test_a_plateau_follows_the_first_selected_metric():
   assert scales == [1.0, 1.0, 0.5, 0.5, 0.25]
 
 
-def test_optimizers_that_read_the_loss_get_it():
-  """Polyak's rate: (loss - f_min) / |gradient|², here of a loss whose value is known."""
-  plan = recipe(optimizers={"main": optax.polyak_sgd(max_learning_rate=1e3)}, epochs=1)
-  begin = train.start(plan, DATA, toy.SPEC, KEY)
-  batch = jax.tree.map(jnp.asarray, jax.tree.map(lambda a: a[:8], DATA))
-  state, found = train.make_step(plan, plan.system.phases[0])(begin.state, batch, KEY)
-  moved = optax.tree.norm(optax.tree.sub(state.params, begin.state.params))
-  np.testing.assert_allclose(moved, found["loss"] / found["gradient_norm"], rtol=1e-4)
+def test_an_optimizer_and_a_method_get_what_they_may_read():
+  """Loss, gradient and a value function; the loss's Hessian mode. Neither minds promotion."""
+  read = {}
+
+  def update(grads, state, params, *, value, grad, value_fn):
+    shifted = jax.tree.map(lambda p: p + 0.5, params)
+    read["update"] = state * jnp.int32(2), value, grads, grad, value_fn(shifted), shifted
+    return jax.tree.map(lambda g: -jnp.int32(1) * g, grads), state
+
+  def wrap(loss, key, own, *, hessian="reverse"):
+    read["wrap"] = hessian, key, own
+    return loss
+
+  optimizer = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.int32(1) * jnp.float32(0.5), update
+  )
+  phase = types.Phase("main", toy.loss, hessian="symmetric")
+  plan = recipe(
+    system=toy.make_system(phases=(phase,)),
+    method=types.Method(1, wrap),
+    optimizers={"main": optimizer},
+  )
+  begin = train.start(plan, DATA, toy.SPEC, KEY).state
+  state, found = train.make_step(plan, phase)(begin, DATA, KEY)
+  key = jax.random.fold_in(jax.random.fold_in(KEY, 2), 0)
+  loss = lambda params: toy.loss(params, DATA, key, begin.extra)[0]  # noqa: E731
+  expected, gradient = jax.value_and_grad(loss)(begin.params)
+  twice, value, *gradients, of_shifted, shifted = read["update"]
+  assert (float(twice), value) == (1.0, expected) and of_shifted == loss(shifted)
+  chex.assert_trees_all_equal(*gradients, gradient)
+  moved = jax.tree.map(lambda p, g: p - g, begin.params, gradient)
+  chex.assert_trees_all_equal(state.params, moved)
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-6)
+  assert found["loss"] == expected and read["wrap"][::2] == ("symmetric", {})
+  assert read["wrap"][1] == jax.random.fold_in(KEY, 3)
 
 
 def rated(first=0.5):
@@ -418,5 +540,6 @@ def test_parameters_named_method_are_refused():
 
 
 def test_a_batch_and_its_source_are_the_same(finished):
-  found = run(recipe(epochs=1), data=sources.Resident(DATA))
-  assert found[0].train == finished[0].train
+  wide = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, DATA)
+  for data in (sources.Resident(DATA), wide):
+    assert run(recipe(epochs=1), data=data)[0].train == finished[0].train
