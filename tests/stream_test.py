@@ -84,6 +84,13 @@ def test_the_format_of_the_files_changes_nothing(folder, streamed, in_memory):
     chex.assert_trees_all_equal(ours, theirs)
 
 
+def test_other_formats_are_refused_before_anything_is_read(folder, monkeypatch):
+  monkeypatch.setattr(stream, "FORMATS", {"array_record": None})
+  monkeypatch.setattr(data, "read_arrays", None)
+  with pytest.raises(data.DataError, match="small is stored as tfrecord.*array_record"):
+    stream.open_dataset(folder, "small")
+
+
 def test_files_are_read_across_their_borders(streamed, tmp_path, folder):
   """Several files of different lengths, as TensorFlow Datasets cuts large ones."""
   tfds = data.import_tfds()
@@ -129,7 +136,7 @@ def recipe(streamed):
   )
 
 
-def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe):
+def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe, monkeypatch):
   def validate(params, extra):
     error = toy.predict(params, streamed.valid, extra)["prediction"] - streamed.valid.label
     return {"mae": float(np.abs(error).mean())}
@@ -149,8 +156,16 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, reci
       caught.append(jax.tree.map(np.asarray, progress))
       raise Killed
 
+  passes, batches = [], stream.Stream.batches
+
+  def counted(self, *args, **kwargs):
+    passes.append(kwargs)
+    return batches(self, *args, **kwargs)
+
+  monkeypatch.setattr(stream.Stream, "batches", counted)
   with pytest.raises(Killed):
     run(seconds=0.0, pause=pause)
+  assert passes == [{"skip": 0}] * 2  # each epoch is entered once, wherever it pauses
   assert int(caught[0].done) == 8 - ROWS // 4
   chex.assert_trees_all_equal(run(caught[0])[-1].progress, whole[-1].progress)
 
@@ -163,7 +178,9 @@ def test_streams_of_several_runs_side_by_side(streamed, recipe):
   arguments = ([evaluators] * 2, [start(key) for key in keys], keys)
   (together,) = train.fit(plan, streamed.train, *arguments)
   for report, key in zip(together, keys, strict=True):
-    (alone,) = train.fit(plan, streamed.train, evaluators, start(key), key)
+    begin = start(key)
+    (alone,) = train.fit(plan, streamed.train, evaluators, begin, key)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(begin.state))  # used again
     chex.assert_trees_all_close(
       report.progress.state.params, alone.progress.state.params, rtol=1e-4, atol=1e-6
     )
