@@ -98,6 +98,39 @@ def test_schedules(name, at, expected):
   np.testing.assert_allclose(rate(at), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "settings, total, expected",
+  [
+    (dict(name="warmup_linear", warmup=1.0), 4, [0, 0.25, 0.5, 0.75, 1, 0]),
+    (dict(name="warmup_linear"), 2, [1, 0.5, 0]),
+    (dict(name="hold_linear", hold=1.0), 2, [1, 1, 1, 0]),
+    (dict(name="step"), 1, [1, 0.1, 0.01]),
+    (dict(name="epoch_warmup_cosine", epochs=4, warmup=0.25), 2, [0, 1, 1, 0.75, 0.25, 0.25]),
+    (dict(name="epoch_warmup_cosine"), 2, [0, 0, 0.97552826]),
+  ],
+)
+def test_schedules_of_a_few_steps_and_at_their_ends(settings, total, expected):
+  rate = optim.schedule({**settings, "peak": 1.0}, total)
+  found = [rate(jnp.int32(n)) for n in range(len(expected))]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_by_default_it_is_adam_at_a_thousandth():
+  chex.assert_trees_all_equal(
+    *(updates(o, ones(0.3), count=3) for o in (optim.make(), optax.adam(1e-3)))
+  )
+  for settings in (dict(total_steps=3), dict(accumulate=1), dict(groups=())):
+    chex.assert_trees_all_equal(
+      *(updates(optim.make(name="sgd", **s), ones()) for s in (settings, {}))
+    )
+
+
+def test_an_optimizer_without_extra_arguments_is_given_them():
+  plain = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, ()))
+  found, _ = optim.permissive(plain).update(ones(), (), PARAMS, value=1.0)
+  chex.assert_trees_all_equal(found, ones())
+
+
 @pytest.mark.parametrize("total", [10, 100])
 @pytest.mark.parametrize("warmup, end", [(0.1, 0.0), (0.3, 0.2)])
 def test_a_cosine_respects_its_warmup(total, warmup, end):
@@ -240,3 +273,10 @@ def test_a_plateau_reduces_the_rate():
     rates.append(-float(update["audio"]["b"]) / 2)
   # an improvement by less than the threshold is none
   np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25])
+
+  # by default a score gets 20 epochs to improve by a ten-thousandth, and the rate is halved
+  state, scales = optim.reduce_on_plateau().init(PARAMS), []
+  for score in (1.0, *[1.00009] * 21, 1.00011):
+    state = optim.observe(state, score)
+    scales.append(float(state.scale))
+  assert scales == [1.0] * 21 + [0.5] * 2 and float(state.best) == np.float32(1.00011)

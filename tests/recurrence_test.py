@@ -140,6 +140,18 @@ def test_features_of_half_precision_are_computed_in_that_of_the_weights():
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "elsewhere", "kernels"),
+  [(np.float32, False, False), (np.float32, True, True), (np.float64, True, False)],
+)
+def test_kernels_are_traced_where_they_may_run(dtype, elsewhere, kernels):
+  x, valid, weights, *_ = draw(3)
+  with jax.enable_x64(True), recurrence.portable() if elsewhere else contextlib.nullcontext():
+    trace = jax.make_jaxpr(lambda *args: recurrence.lstm(*args))
+    jaxpr = trace(dtype(x), valid, *map(dtype, weights[0]))
+  assert ("pallas_call" in str(jaxpr)) == kernels
+
+
 def test_chunks_and_their_number_grow_alike():
   sizes = [recurrence._chunk_size(steps) for steps in (1, 2, 3, 13, 50, 400)]
   assert sizes == [1, 2, 3, 5, 10, 29]
