@@ -45,6 +45,12 @@ def scores(*values, metric="mae"):
   return evaluate
 
 
+def described(progress):
+  """Of each leaf what a program is compiled for; also that it is an array, as they are saved."""
+  weak = lambda a: getattr(a, "weak_type", False)  # noqa: E731
+  return jax.tree.map(lambda a: f"{a.dtype}{a.shape}{weak(a)}", progress)
+
+
 class Killed(Exception):
   pass
 
@@ -134,6 +140,7 @@ def test_phases_train_their_own_parameters_in_their_own_epochs():
   entered = []
 
   def on_epoch(params, extra, epoch, source):
+    assert type(epoch) is int
     entered.append((epoch, source.rows, source.read().index.shape))
     return {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}, extra
 
@@ -154,6 +161,7 @@ def test_phases_train_their_own_parameters_in_their_own_epochs():
     steps.append(int(report.progress.state.step))
     best.append(int(report.progress.best["valid/mae"].epoch))
     means.append({name: value for name, value in report.train.items() if "two" in name})
+    assert all(type(value) is float for value in report.train.values())
   chex.assert_trees_all_equal(params[1]["head"], params[0]["head"])
   assert (params[1]["encoder"]["kernel"] != params[0]["encoder"]["kernel"]).any()
   assert steps == [2, 2 + 2 + 4, 8 + 2]
@@ -243,6 +251,7 @@ def test_runs_side_by_side_equal_runs_in_turn(finished):
 
   def fit(evaluators, progresses=None, **kwargs):
     progresses = progresses or [train.start(plan, DATA, toy.SPEC, key) for key in keys]
+    progresses = jax.tree.map(jnp.asarray, progresses)  # as they may be read back
     return list(train.fit(plan, DATA, evaluators, progresses, keys, **kwargs))
 
   reports = fit(late, pause=pause, seconds=0.0)
@@ -309,10 +318,8 @@ def test_an_equal_score_is_no_better_one():
 
 
 def test_nothing_is_selected_and_no_patience_lost_before_the_last_phase():
-  phases = (types.Phase("first", toy.loss), types.Phase("last", toy.loss, epochs=(2, None)))
-  system = toy.make_system(phases=phases)
-  optimizers = dict.fromkeys(("first", "last"), optim.make(learning_rate=0.01))
-  plan = recipe(system=system, optimizers=optimizers, patience=1, epochs=5)
+  system = toy.make_system(phases=(types.Phase("main", toy.loss, epochs=(2, None)),))
+  plan = recipe(system=system, patience=1, epochs=5)
   nan = float("nan")
   for values, improved in (
     ((1.0, 1.0, 3.0, 4.0), [False, False, True, False]),
@@ -326,21 +333,33 @@ def test_nothing_is_selected_and_no_patience_lost_before_the_last_phase():
 
 def test_stretches_grow_and_shrink_to_the_seconds_asked_for(monkeypatch):
   took, paused = iter([4.9, 5.0, 20.0, 20.1, 21.0, 21.0, 0.0, *[10.0] * 9]), []
-  monkeypatch.setattr(parallel, "agree", lambda seconds: next(took))
-  run(recipe(batch_size=1, epochs=1), pause=lambda progress: paused.append(int(progress.done)))
-  assert paused == [1, 5, 9, 13, 15, 16, 17, 21, 25, 29]
+
+  def agree(seconds):
+    assert 0 <= seconds < 100
+    return next(took)
+
+  monkeypatch.setattr(parallel, "agree", agree)
+  plan = recipe(batch_size=1, epochs=1)
+  begin = train.start(plan, DATA, toy.SPEC, KEY)
+  (report,) = run(plan, begin, pause=paused.append)
+  assert [int(progress.done) for progress in paused] == [1, 5, 9, 13, 15, 16, 17, 21, 25, 29]
+  for progress in (paused[0], report.progress):
+    assert described(progress) == described(begin)
+  assert type(report.epoch) is int
 
 
 def test_an_evaluator_reads_arrays_of_this_process(monkeypatch):
   monkeypatch.setattr(parallel, "local", lambda tree: jax.tree.map(np.asarray, tree))
-  asked = []
+  asked, answer = [], {}
 
   def evaluate(params, extra):
     asked.extend(jax.tree.leaves((params, extra)))
-    return {"mae": 1.0}
+    answer["mae"] = float(len(asked))
+    return answer
 
-  run(recipe(epochs=1), evaluators={"valid": evaluate})
-  assert len(asked) == 8 and all(isinstance(leaf, np.ndarray) for leaf in asked)
+  reports = run(recipe(epochs=2), evaluators={"valid": evaluate})
+  assert len(asked) == 3 * 4 and all(isinstance(leaf, np.ndarray) for leaf in asked)
+  assert maes(reports) == [8.0, 12.0]  # copies of the evaluator's answers
 
 
 @pytest.mark.parametrize(
@@ -351,6 +370,7 @@ def test_an_evaluator_reads_arrays_of_this_process(monkeypatch):
     (dict(select=("valid/corr",)), "'valid/corr' is not evaluated.*there are valid/mae"),
     (dict(select=("mae",)), 'no "split/metric"'),
     (dict(select="valid/mae"), "expected a tuple"),
+    (dict(select=()), "expected a tuple"),
     (dict(select=("valid/mine",)), "no metric 'mine'.*needs a row"),
     (dict(batch_size=0), "batch_size is 0"),
     (dict(epochs=-1), "epochs is -1"),
@@ -381,7 +401,7 @@ def test_the_least_that_can_be_trained():
   assert run(plan, data=one) == []
 
 
-def test_runs_that_cannot_train_side_by_side_are_refused(finished):
+def test_runs_that_cannot_train_side_by_side_are_refused():
   begin, both = train.start(recipe(), DATA, toy.SPEC, KEY), [{"valid": scores(1.0)}] * 2
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
   for plan, evaluators, progresses, keys, message in (
@@ -394,6 +414,7 @@ def test_runs_that_cannot_train_side_by_side_are_refused(finished):
   ):
     with pytest.raises(types.UsageError, match=message):
       next(train.fit(plan, DATA, evaluators, progresses, keys))
+  train.fit(recipe(), DATA, both[:1], [begin], [KEY])  # one alone is none of these
 
 
 def test_an_empty_split_is_refused():
@@ -435,6 +456,8 @@ def test_the_steps_of_a_phase_are_counted_as_they_run():
   phase = types.Phase("head", toy.loss, share=0.5, epochs=(1, 4))
   assert train.total_steps(phase, 10, 37, 8) == 3 * 2
   assert train.total_steps(phase, 2, 37, 8) == 2
+  assert train.total_steps(phase._replace(share=0.4), 10, 37, 8) == 3 * 1
+  assert train.total_steps(phase._replace(share=0.01), 10, 37, 8) == 3 * 1
   assert train.total_steps(types.Phase("all", toy.loss), 10, 5, 8) == 10  # one batch of 5
 
 
@@ -539,9 +562,32 @@ def test_parameters_named_method_are_refused():
   system = toy.make_system()._replace(init=lambda key, spec: ({"method": jnp.ones(2)}, {}))
   with pytest.raises(types.UsageError, match='without an entry "method"'):
     train.start(recipe(method=rated(), system=system), DATA, toy.SPEC, KEY)
+  system = system._replace(init=lambda key, spec: ([jnp.ones(2)], {}))
+  with pytest.raises(types.UsageError, match="whose parameters are a dict"):
+    train.start(recipe(method=rated(), system=system), DATA, toy.SPEC, KEY)
 
 
 def test_a_batch_and_its_source_are_the_same(finished):
   wide = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, DATA)
   for data in (sources.Resident(DATA), wide):
     assert run(recipe(epochs=1), data=data)[0].train == finished[0].train
+
+
+def test_a_source_is_placed_on_the_mesh_that_shares_its_batches(finished):
+  called = []
+
+  class Source(sources.Resident):
+    def place(self, mesh):
+      called.append(mesh)
+      return Source(super().place(mesh).batch)
+
+    def make_steps(self, *args, **kwargs):
+      called.append((kwargs, {leaf.sharding for leaf in jax.tree.leaves(self.batch)}))
+      return super().make_steps(*args, **kwargs)
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+  (report,) = run(recipe(epochs=1, mesh=mesh), data=Source(DATA))
+  held = parallel.replicated(mesh)
+  assert called == [mesh, (dict(mesh=mesh, together=False), {held})]
+  assert {leaf.sharding for leaf in jax.tree.leaves(report.progress.state.params)} == {held}
+  np.testing.assert_allclose(report.train["loss"], finished[0].train["loss"], rtol=1e-5)
