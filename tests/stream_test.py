@@ -42,6 +42,16 @@ def test_a_streamed_dataset_describes_itself_as_one_in_memory(streamed, in_memor
   chex.assert_trees_all_close(streamed.valid, in_memory.valid, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, dict(text="tokens", task="classification")])
+def test_options_mean_what_they_mean_in_memory(folder, options):
+  ours, theirs = (load(folder, "small", **options) for load in (stream.open_dataset, data.load))
+  assert (ours.spec, ours.ids, ours.name) == (theirs.spec, theirs.ids, theirs.name)
+  chex.assert_trees_all_equal(ours[1:3], theirs[1:3])
+  chex.assert_trees_all_equal(ours.train.example, data.take(theirs.train, slice(1)))
+  chex.assert_trees_all_equal(ours.train.read(), theirs.train)
+  assert ours.train.buffer == 1024 and ours.train.rows == ROWS
+
+
 def test_rows_are_those_of_the_dataset(streamed, in_memory):
   for drawn in streamed.train.batches(KEY, batch_size=4, draws=2):
     for batch in drawn:

@@ -167,6 +167,7 @@ def test_phases_train_their_own_parameters_in_their_own_epochs():
   assert steps == [2, 2 + 2 + 4, 8 + 2]
   assert entered == [(1, 32, (32,))]
   assert (params[2]["head"]["kernel"] != 0).all()
+  assert (abs(params[2]["head"]["kernel"]) < 0.05).all()  # four steps of 0.01, from 0
   chex.assert_trees_all_equal(params[3]["head"], params[2]["head"])
   assert best[0] == -1 and best[1] == 1  # nothing is selected before the last phase
   assert means == [
@@ -571,6 +572,29 @@ def test_a_batch_and_its_source_are_the_same(finished):
   wide = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, DATA)
   for data in (sources.Resident(DATA), wide):
     assert run(recipe(epochs=1), data=data)[0].train == finished[0].train
+
+
+def test_steps_pass_their_rows_from_anywhere_to_anywhere():
+  """As a loop of one's own may call them."""
+  key = jax.random.key(4)
+
+  def advance(state, sums, batch, key):
+    at, rows = state
+    return (at + 1, rows.at[at].set(batch.index)), sums, jnp.bool_(True)
+
+  def run(steps, *bounds):
+    state = jnp.int32(bounds[0]), jnp.full((4, 12), -1)
+    return np.asarray(steps(state, {}, key, 7, *bounds)[0][1])
+
+  steps = sources.Resident(DATA).make_steps(advance, 6, 2)
+  orders = [
+    jax.random.permutation(k, 32)[:24].reshape(4, 6)
+    for k in jax.random.split(sources.order_key(key, 7), 2)
+  ]
+  expected = np.concatenate(orders, 1)
+  np.testing.assert_array_equal(run(steps, 0, 4), expected)
+  np.testing.assert_array_equal(run(steps, 1, 3)[1:3], expected[1:3])
+  assert (run(steps, 1, 3)[[0, 3]] == -1).all()
 
 
 def test_a_source_is_placed_on_the_mesh_that_shares_its_batches(finished):
