@@ -147,12 +147,19 @@ def test_an_optimizer_reads_the_value_and_its_derivative(mode):
 def test_an_inner_loop_is_one_step_of_sgd_by_default():
   """θ* = θ - α (θ - a), its derivative too; α is 1e-3, or the rates that are given."""
   theta, a = 2.0, -1.0
-  call = lambda theta, **rates: meta.adapt(  # noqa: E731
-    quadratic, no_mask, {"theta": theta}, labelled(a, a), jax.random.key(0), {}, **rates
-  )[0]["theta"]
+
+  def adapt(theta, **rates):
+    params = {"theta": theta}
+    adapted, losses = meta.adapt(
+      quadratic, no_mask, params, labelled(a, a), jax.random.key(0), {}, **rates
+    )
+    return adapted["theta"] + losses.sum(), losses  # the losses have no derivative
+
   for rates, alpha in ({}, 1e-3), ({"inner_rates": {"theta": jnp.float32(0.2)}}, 0.2):
-    value, slope = jax.value_and_grad(functools.partial(call, **rates))(jnp.float32(theta))
-    np.testing.assert_allclose(value, theta - alpha * (theta - a), rtol=1e-6)
+    gradient = jax.value_and_grad(functools.partial(adapt, **rates), has_aux=True)
+    (value, losses), slope = gradient(jnp.float32(theta))
+    np.testing.assert_allclose(losses, [0.5 * (theta - a) ** 2])
+    np.testing.assert_allclose(value - losses[0], theta - alpha * (theta - a), rtol=1e-6)
     np.testing.assert_allclose(slope, 1 - alpha, rtol=1e-6)
   method = meta.METHODS["m3s"](no_mask).wrap(quadratic, jax.random.key(0), {})
   found = method({"theta": jnp.float32(theta)}, labelled(a, a), jax.random.key(0), {})[0]
@@ -359,10 +366,15 @@ def test_an_adam_that_is_differentiated_survives_zero_gradients():
     return value + 0.0 * params["idle"], aux
 
   params = {"theta": jnp.float32(1.0), "idle": jnp.float32(1.0)}
-  inner = optim.make(name="adam", learning_rate=0.1, differentiable=True)
-  outer = meta.m3s(loss, no_mask, inner_optimizer=inner, order="second")
+  adam = dict(name="adam", learning_rate=0.1)
+  outer = meta.METHODS["m3s"](no_mask, optimizer=adam, order="second").wrap(loss, None, {})
   grads = jax.grad(outer, has_aux=True)(params, labelled(0.0, 1.0), jax.random.key(0), {})[0]
   chex.assert_tree_all_finite(grads)
+  # one that is not is plain Adam, at small gradients too
+  plain = meta.m3s(quadratic, no_mask, inner_optimizer=optax.adam(0.1))
+  ours = meta.METHODS["m3s"](no_mask, optimizer=adam).wrap(quadratic, None, {})
+  step = {"theta": jnp.float32(0.0)}, labelled(1e-8, 1.0), jax.random.key(0), {}
+  assert ours(*step)[0] == plain(*step)[0]
 
 
 def test_mixed_mode_is_exact_through_stopped_gradients_but_not_through_reversed_ones():

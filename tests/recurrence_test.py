@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import recurrence
+from mmjax import parallel, recurrence
 from mmjax.recurrence import kernel
 
 B, D, H = 4, 3, 5
@@ -116,7 +116,7 @@ def test_it_equals_loops_written_out(plain):
       recurrence.lstm(x, valid, *weights[0]),
       recurrence.lstm(x, valid, *weights[0], reverse=True),
       recurrence.bilstm(x, valid, *weights),
-      [recurrence.gru(*rows, *of_gru, reverse=reverse) for reverse in (False, True)],
+      [recurrence.gru(*rows, *of_gru), recurrence.gru(*rows, *of_gru, reverse=True)],
     )
 
   with jax.enable_x64(True), recurrence.plain() if plain else contextlib.nullcontext():
@@ -150,6 +150,41 @@ def test_kernels_are_traced_where_they_may_run(dtype, elsewhere, kernels):
     trace = jax.make_jaxpr(lambda *args: recurrence.lstm(*args))
     jaxpr = trace(dtype(x), valid, *map(dtype, weights[0]))
   assert ("pallas_call" in str(jaxpr)) == kernels
+
+
+@pytest.mark.parametrize("name", ["plain", "portable"])
+def test_what_is_traced_inside_ends_with_the_block(name):
+  variable = getattr(recurrence, f"_{name.upper()}")
+  with pytest.raises(KeyError), getattr(recurrence, name)():
+    assert variable.get() is True
+    raise KeyError
+  assert variable.get() is False
+
+
+def test_devices_are_told_where_the_rows_are(monkeypatch):
+  """Two devices, played by two halves of the rows."""
+
+  def by_rows(function, in_axes, out_axes, rows):
+    def halves(*args):
+      def half(n):
+        cut = lambda a, axis: a if axis is None else jnp.split(a, 2, axis)[n]  # noqa: E731
+        return function(*map(cut, args, in_axes))
+
+      return tuple(map(jnp.concatenate, zip(half(0), half(1), strict=True), out_axes))
+
+    assert rows == B
+    return halves
+
+  x, valid, weights, *_ = draw(7)
+
+  def both():
+    return recurrence.lstm(x, valid, *weights[0]), recurrence.bilstm(x, valid, *weights)
+
+  with jax.enable_x64(True):
+    expected = jax.jit(both)()
+    monkeypatch.setattr(parallel, "by_rows", by_rows)
+    found = jax.jit(lambda: both())()
+  assert_close(found, expected)
 
 
 def test_chunks_and_their_number_grow_alike():
