@@ -236,6 +236,20 @@ def test_rate_zero_keeps_all_and_one_takes_all(make):
     np.testing.assert_array_equal(seen[..., 0], ~np.asarray(getattr(batch, name).valid))
 
 
+@pytest.mark.parametrize("u", [np.float32(0), np.nextafter(np.float32(1), np.float32(0))])
+def test_rates_and_shares_hold_at_both_ends_of_a_draw(u, monkeypatch):
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(): jnp.full(shape, u))
+  batch = make_batch(tokens=False)
+  for mask, everything in (
+    (masking.bernoulli(0.0), False),
+    (masking.bernoulli(1.0), True),
+    (masking.bernoulli(1.0, complete_share=1.0), False),
+    (masking.span(1.0), True),
+  ):
+    gone = ~draw(mask, batch).audio.seen[..., 0]
+    np.testing.assert_array_equal(gone, batch.audio.valid & everything)
+
+
 def test_feature_axis_hides_the_same_channels_at_every_step():
   batch = make_batch(tokens=False)
   masked = draw(masking.span(0.5, axis="feature"), batch)
