@@ -40,6 +40,18 @@ def test_the_labels_of_all_splits_make_the_scale():
   assert given.label_range == (-3.5, 3.5)
 
 
+def test_a_vocabulary_is_that_of_token_ids_whose_largest_is_known():
+  for text, largest, vocab in (
+    ("features", 7, 0),
+    ("tokens", 7, 8),
+    ("tokens", None, 0),
+  ):
+    train = data.from_arrays(ARRAYS, name="any", text=text).train
+    assert (
+      data.make_spec(train, train.label, "any", "regression", None, largest).text.vocab == vocab
+    )
+
+
 def test_a_channel_that_never_changes_is_not_divided():
   mean, std = data.as_moments([1, 2], [0, 4])
   assert (mean.tolist(), std.tolist(), std.dtype) == ([1, 2], [1, 4], np.float32)
