@@ -232,9 +232,7 @@ def test_feature_axis_hides_the_same_channels_at_every_step():
 # --- tokens, drops, composition
 
 
-@pytest.mark.parametrize(
-  "mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop(("text",))]
-)
+@pytest.mark.parametrize("mask", [masking.span(1.0), masking.bernoulli(1.0), masking.drop("text")])
 def test_tokens_become_unk_but_for_both_ends_and_padding(mask):
   batch = make_batch()
   masked = draw(mask, batch)

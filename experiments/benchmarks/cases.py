@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks import peers
 from mmjax import masking, meta, models, parallel, recurrence, torch_import, types
 
 RATE = 1e-3
@@ -184,6 +183,8 @@ def naive_temporaries(case: Case, order: int, k: int) -> int:
 def make_module(model: str, setting: Setting, case: Case):
   """The PyTorch module with our parameters in it."""
   import torch
+
+  from experiments.benchmarks import peers  # needs torch, which counting kernels does not
 
   widths = [width for _, width in setting.shapes]
   module = peers.MODELS[model](*widths, tokens=setting.tokens).eval().to(peers.DEVICE)

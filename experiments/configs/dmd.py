@@ -23,8 +23,7 @@ MODEL = {
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="dmd", **common.settings_for("dmd", dataset, MODEL))
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="dmd", **common.settings_for("dmd", dataset, MODEL), bert=common.BERT)
   config.train.batch_size = 16
   config.train.epochs = 100
   config.train.patience = 10

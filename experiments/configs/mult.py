@@ -47,8 +47,7 @@ TRAIN = {
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="mult", **common.settings_for("mult", dataset, MODEL))
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="mult", **common.settings_for("mult", dataset, MODEL), bert=common.BERT)
   config.train.batch_size, rate, patience = TRAIN.get(dataset, TRAIN["mosi"])
   config.train.epochs = 100
   config.train.patience = 8

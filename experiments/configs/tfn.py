@@ -25,8 +25,7 @@ TRAIN = {"mosi": (32, 1e-3), "mosei": (128, 5e-3), "sims": (32, 5e-4), "sims_v2"
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="tfn", **common.settings_for("tfn", dataset, MODEL))
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="tfn", **common.settings_for("tfn", dataset, MODEL), bert=common.BERT)
   config.train.batch_size, rate = TRAIN.get(dataset, TRAIN["mosi"])
   config.train.epochs = 100
   config.train.patience = 8

@@ -95,11 +95,11 @@ def bernoulli(rate: Rate, *, complete_share: types.Array | float = 0.0) -> types
   return transforms.with_rates(rate, lambda m: 1 + m.valid.shape[-1], mask)
 
 
-def drop(missing: Collection[str]) -> types.MaskFn:
+def drop(missing: str | Collection[str]) -> types.MaskFn:
   """Whole modalities go missing, the same of every sample.
 
   Args:
-    missing: names of the missing modalities.
+    missing: the missing modality, or several.
 
   Returns:
     The mask; it draws nothing.
@@ -107,6 +107,7 @@ def drop(missing: Collection[str]) -> types.MaskFn:
   Raises:
     UsageError: on an unknown modality.
   """
+  missing = (missing,) if isinstance(missing, str) else missing
   transforms.check_names("missing", missing)
 
   def mask(key, batch):
@@ -144,7 +145,7 @@ def random_drop(
   for subset in subsets:
     transforms.check_names("subsets", subset)
   table = np.array([[name in subset for name in types.MODALITIES] for subset in subsets])
-  bounds = transforms.intervals(rate)
+  bounds: Any = transforms.intervals(rate)
 
   def mask(key, batch):
     keys = transforms.sample_keys(key, batch.index)

@@ -201,7 +201,7 @@ def with_rates(
   Raises:
     UsageError: on a rate that is not within [0, 1], or misshapen.
   """
-  bounds = intervals(rate)
+  bounds: Any = intervals(rate)
 
   def mask(key, batch):
     keys = sample_keys(key, batch.index)

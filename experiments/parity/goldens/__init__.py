@@ -88,8 +88,8 @@ def feature_batch(z: Arrays) -> types.Batch:
   x = {name: z.get(f"input/{name}_raw", z[f"input/{name}"]) for name in types.MODALITIES}
   label = z["input/labels"].reshape(-1)
   label = jnp.asarray(label, jnp.int32 if num_classes(z) else jnp.float32)
-  modalities = (modality(x[name]) for name in types.MODALITIES)
-  return types.Batch(*modalities, label, jnp.arange(len(label)), {})
+  text, audio, vision = (modality(x[name]) for name in types.MODALITIES)
+  return types.Batch(text, audio, vision, label, jnp.arange(len(label)), {})
 
 
 def spec(example: types.Batch, num_train: int | None = None, **kwargs) -> types.Spec:
@@ -189,7 +189,7 @@ def compare_accumulation(z: Arrays) -> Iterator[Row]:
     ("sgd", -1.0, "extra/accumulated_clipped_grad/"),  # from 0, a step of the sum itself
   ):
     recorded = {k: v for k, v in under(z, prefix).items() if k != "losses"}
-    params = {k: jnp.asarray(z[f"param/{k}"]) * float(name == "adam") for k in recorded}
+    params: Any = {k: jnp.asarray(z[f"param/{k}"]) * float(name == "adam") for k in recorded}
     grads = {k: jnp.asarray(z[f"grad/{k}"]) for k in recorded}
     optimizer = optim.make(
       name=name, learning_rate=rate, clip_value=settings["grad_clip"], accumulate=2

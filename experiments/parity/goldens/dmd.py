@@ -1,6 +1,7 @@
 """Compares DMD with a recorded run of the authors' code."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,5 +106,5 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
     yield "extra", "ort_reshaped_last_axis", mended["ort"], z["extra/ort_reshaped_last_axis"]
   for kind in dmd.GRAPHS:
     if f"extra/gd_prior_{kind}" in z:
-      prior = jax.nn.softmax(np.asarray(dmd.PRIORS[kind], np.float32) / 0.25)
+      prior: Any = jax.nn.softmax(np.asarray(dmd.PRIORS[kind], np.float32) / 0.25)
       yield "extra", f"gd_prior_{kind}", prior, z[f"extra/gd_prior_{kind}"]
