@@ -9,8 +9,6 @@ import toy
 from mmjax import masking, types
 from mmjax.models import corrkd
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_contrast_by_hand():
   """Distances of pairs: 3-4-5 of a sample's own, to the others' 0.6 and 2 (beyond the margin)."""

@@ -24,7 +24,6 @@ from mmjax import (
 )
 from mmjax.models import hrlf
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = dict(size=4, heads=2, depth=1, teacher_epochs=1)
 WEIGHTS = dict(task_weight=2.0, frf_weight=3.0, hmi_weight=5.0, hal_weight=7.0, kl_weight=11.0)
 CRITICS = ("statistics", "discriminator")

@@ -9,7 +9,6 @@ import toy
 from mmjax import masking, systems, types
 from mmjax.models import transm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = dict(size=4, heads=2)
 
 
