@@ -1,5 +1,7 @@
 """TransM: what its translations aim at, and what it reads."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,12 @@ import toy
 from mmjax import masking, systems, types
 from mmjax.models import transm
 
-TINY = dict(size=4, heads=2)
+TINY: Any = dict(size=4, heads=2)
 
 
-def apply(batch, names, **settings: str):
+def apply(batch, names, **settings: Any):
   """These entries of what the network returns in training; others are not compiled."""
-  network = transm.TransM(size=4, heads=2, **settings)  # pyright: ignore[reportArgumentType]
+  network = transm.TransM(**TINY, **settings)
   model = systems.functional(network, head="head")
   params, _ = model.init(jax.random.key(0), toy.SPEC)
 
