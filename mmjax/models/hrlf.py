@@ -239,15 +239,16 @@ def make(
     detach_targets: of `factorization`.
     scale_merge: see `scales`.
     negatives: see `distill.information`.
-    adversary_kind: see `disguise`.
+    adversary_kind: see `disguise`. As Eq. 9 has it, representations and gradients grow at times,
+      until the discriminators win for good; in training on MOSI both kinds validated alike.
     discriminator_rate: of the discriminators' Adam (ours: the configs' is the student's).
     teacher_frf: whether the teacher is trained by FRF too, or by the task alone (ours).
     teacher_epochs: epochs of phase "teacher", before the student's begin.
     student_start: as the "teacher", or with "fresh" parameters (the paper: "initialized"). What
       the stack of layers passes on of the task's gradient is little at first, and FRF, which has
-      all weight meanwhile, makes a fresh student's vectors alike. Without HAL it gets out of there
-      after some epochs; with it, at the paper's weight of 1, we have not seen it do so, and what
-      it wins in Eq. 9 is ever larger representations. The teacher's has neither trouble.
+      all weight meanwhile, makes a fresh student's vectors alike. On the built-in data it got out
+      of there after some epochs without HAL, but never with HAL at the paper's weight of 1, where
+      all it learns is ever larger representations. A student that starts as the teacher learns.
 
   Returns:
     The system. Both phases log the parts task, self, cross and recon, "student" also the
