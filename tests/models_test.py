@@ -173,7 +173,18 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
+LARGE = (
+  "almt",
+  "cenet",
+  "corrkd",
+  "dmd",
+  "hrlf",
+  "lnln",
+  "mult",
+  "tetfn",
+  "tfr_net",
+  "transm",
+)
 
 
 def all_cases():

@@ -28,8 +28,9 @@ SETTINGS = {
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   heads, margin, epochs, rate, rows = common.settings_for("corrkd", dataset, SETTINGS)
-  config.model = dict(name="corrkd", heads=heads, margin=margin, teacher_epochs=epochs)
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(
+    name="corrkd", heads=heads, margin=margin, teacher_epochs=epochs, bert=common.BERT
+  )
   config.train.batch_size = rows
   config.train.epochs = 2 * epochs
   config.train.patience = 0

@@ -6,16 +6,18 @@ python -m experiments.train --config=hrlf:mosi \
 The teacher trains as long as the student; the paper does not say how long it does.
 """
 
+import ml_collections
+
 from experiments.configs import common
 
+PARTS = {
+  part: {f"w/o {part.upper()}": {f"model.{part}_weight": 0.0}}
+  for part in ("frf", "hmi", "hal", "kl")
+}
 # What `experiments.ablate` changes: Table 3 of the paper, and its loss on the outputs.
 ABLATIONS = {
-  "components": {
-    "w/o FRF": {"model.frf_weight": 0.0},
-    "w/o HMI": {"model.hmi_weight": 0.0},
-    "w/o HAL": {"model.hal_weight": 0.0},
-    "w/o KL": {"model.kl_weight": 0.0},
-  },
+  **PARTS,
+  "components": {name: changes for part in PARTS.values() for name, changes in part.items()},
 }
 # heads, epochs of a phase, learning rate, batch size
 SETTINGS = {
@@ -28,12 +30,18 @@ SETTINGS = {
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   heads, epochs, rate, rows = common.settings_for("hrlf", dataset, SETTINGS)
-  config.model = dict(name="hrlf", heads=heads, teacher_epochs=epochs)
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  optimizer = ml_collections.ConfigDict(dict(name="adam", learning_rate=rate))
+  config.optimizer = optimizer
+  config.model = dict(
+    name="hrlf",
+    heads=heads,
+    teacher_epochs=epochs,
+    discriminator_rate=optimizer.get_ref("learning_rate"),  # follows it
+    bert=common.BERT,
+  )
   config.train.batch_size = rows
   config.train.epochs = 2 * epochs
   config.train.patience = 0
-  config.optimizer = dict(name="adam", learning_rate=rate)
   config.mask = dict(name="msm", drop=())
   config.method = dict(name="spl")
   return config

@@ -12,8 +12,7 @@ from experiments.configs import common
 
 def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
-  config.model = dict(name="transm")
-  config.model.bert = dict(folder="")  # of a BERT, where config.data.text is "tokens"
+  config.model = dict(name="transm", bert=common.BERT)
   config.train.batch_size = 32
   config.train.epochs = 40
   config.train.patience = 8

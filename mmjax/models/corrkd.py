@@ -12,6 +12,7 @@ the paper. Results of this system are not CorrKD's. "ours" says that a choice ha
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -233,7 +234,7 @@ def make(
     if rcd_weight:
       parts["rcd"] = of_responses(params["statistics"], theirs, logits, label)
     weights = {"task": task_weight, "scd": scd_weight, "cpd": cpd_weight, "rcd": rcd_weight}
-    total = sum(weights[name] * part for name, part in parts.items())
+    total: Any = sum(weights[name] * part for name, part in parts.items())
     return total, types.Aux(parts, extra)
 
   phases = (

@@ -10,6 +10,8 @@ Hulei-Levi/MultiModel-Sentiment) or, where they are called so, ours. It has no m
 against missing data: zeros go in, and the translations aim at the complete data.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -169,7 +171,7 @@ def translation(out: dict[str, Array], batch: types.Batch, targets: str) -> Arra
   Returns:
     [] the sum.
   """
-  total = 0.0
+  total: Any = 0.0
   for key, name in TRANSLATIONS.items():
     m: types.Modality = getattr(batch, name)
     counts = m.valid[..., None]
