@@ -1,7 +1,8 @@
 """GCNet (Lian et al. 2022) with settings out of its published search.
 
 python -m experiments.train --config=gcnet:mosi \
-    --data_dir=data --workdir=runs/gcnet --method=spl --mask=gcnet --missing_rate=0.5
+    --data_dir=data --workdir=runs/gcnet --method=spl --config.mask.name=gcnet \
+    --missing_rate=0.5
 
 A sample is a conversation, the utterances of one video. The authors search, for each dataset and
 missing rate, h in 50, 100, 200, windows from 1 to 4, with and without attention over time.
@@ -25,6 +26,7 @@ def get_config(dataset: str = "mosi"):
   config = common.get_config(dataset)
   model = common.settings_for("gcnet", dataset, MODEL, sims_v2="sims")
   config.model = dict(name="gcnet", **model, bert=common.BERT)
+  config.data.standardize = True  # ours: what is reconstructed counts in its own units
   config.train.batch_size = BATCH.get(dataset, 32)
   config.train.epochs = 100
   config.train.patience = 20  # ours: theirs run to the end

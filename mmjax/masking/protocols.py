@@ -191,8 +191,8 @@ def gcnet(rate: Rate) -> types.MaskFn:
   bounds: Any = transforms.intervals(rate)
   if isinstance(bounds, np.ndarray) and bounds[:, 1].min() > 0.7 + 1e-6:
     raise types.UsageError(
-      f"gcnet: the rate is {rate!r}, but one modality of each sample stays: no more than 2/3 can be"
-      " missing, which the protocol writes as 0.7."
+      f"gcnet: a rate of {bounds[:, 1].min():g} cannot be, since one modality of each sample stays:"
+      " no more than 2/3 is ever missing, which the protocol writes as 0.7."
     )
 
   def mask(key, batch):
