@@ -20,6 +20,7 @@ MASKS = {
   "bernoulli": masking.bernoulli((0.0, 1.0), complete_share=0.5),
   "drop": masking.drop(("text", "vision")),
   "random_drop": masking.random_drop(),
+  "gcnet": masking.gcnet((0.1, 0.6)),
   "mixture": masking.mixture([masking.span(0.3), masking.drop(("audio",))]),
   "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
 }

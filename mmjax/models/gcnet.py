@@ -238,9 +238,7 @@ class Gcnet(nn.Module):
     out, hidden = {"context": context}, 0.0
     for graph in GRAPHS:
       relation, count = RELATIONS[graph](speaker, self.speakers)
-      net = GraphNet(
-        self.hidden_size // 2, self.dropout, count, self.time_attention, name=graph
-      )
+      net = GraphNet(self.hidden_size // 2, self.dropout, count, self.time_attention, name=graph)
       given = net(context, edge, relation, real, valid)
       hidden = hidden + given["hidden"]
       out |= {f"{graph}_{name}": value for name, value in given.items()}
@@ -266,9 +264,7 @@ class Gcnet(nn.Module):
     return out
 
 
-def loss_parts(
-  out: dict[str, Array], batch: types.Batch, aligned: bool
-) -> dict[str, Array]:
+def loss_parts(out: dict[str, Array], batch: types.Batch, aligned: bool) -> dict[str, Array]:
   """The terms of the loss.
 
   Args:
@@ -293,9 +289,7 @@ def loss_parts(
 
 
 @systems.configurable(Gcnet)
-def make(
-  network: Gcnet, *, recon_weight: float = 1.0, aligned: bool = False
-) -> types.System:
+def make(network: Gcnet, *, recon_weight: float = 1.0, aligned: bool = False) -> types.System:
   """GCNet as a system of conversations; the defaults are in the middle of the published search.
 
   Args:

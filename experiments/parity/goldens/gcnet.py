@@ -83,7 +83,9 @@ def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:
   out = jax.jit(system.predict)(params, batch, {})
   yield from _compare_outputs(z, out)
   yield from goldens.compare_loss(z, rules, system.loss, params, batch, {})
-  yield from _compare_aligned(z, gcnet.make(**settings, **recon, aligned=True), rules, params, batch)
+  yield from _compare_aligned(
+    z, gcnet.make(**settings, **recon, aligned=True), rules, params, batch
+  )
   if "extra/reccls_log_prob" in z:
     again = jax.jit(system.predict)(params, _restored(batch, out), {})
     yield "extra", "reccls_log_prob", _scores(z, again), z["extra/reccls_log_prob"]
@@ -142,7 +144,7 @@ def _restored(batch: types.Batch, out) -> types.Batch:
 
 
 def _compare_edges(z, settings) -> Iterator[goldens.Row]:
-  """Rows of the graphs over the batch, whose nodes are its real utterances, and over one of them."""
+  """Rows of the graphs over the batch, whose nodes are real utterances, and over one of them."""
   real, speaker = z["input/umask"] > 0, z["input/qmask"].astype(np.int32)
   edge = np.asarray(gcnet.edges(real, settings["windows"]))
   node = np.cumsum(real.reshape(-1)).reshape(real.shape) - 1
