@@ -176,7 +176,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "dmd", "gcnet", "lnln", "mult", "tetfn", "tfr_net")
 
 
 def all_cases():
