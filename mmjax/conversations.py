@@ -130,18 +130,18 @@ def table(split: types.Batch) -> np.ndarray:
   return found
 
 
-def take(split: types.Batch, rows: types.Array) -> types.Batch:
+def take(split: types.Batch, rows: Any) -> types.Batch:
   """A batch of whole conversations.
 
   Args:
     split: N utterances.
-    rows: [C, U] of `table`.
+    rows: [C, U] int32, of `table`.
 
   Returns:
     C · U utterances, conversation after conversation. Where `rows` is -1 everything is 0 and
     nothing valid, and the index is N. `info["place"]` is what `types.places` gives.
   """
-  conversations, length = rows.shape
+  count, length = rows.shape
   flat = rows.reshape(-1)
   real = flat >= 0
 
@@ -161,5 +161,5 @@ def take(split: types.Batch, rows: types.Array) -> types.Batch:
     **{name: modality(getattr(split, name)) for name in types.MODALITIES},
     label=blank(split.label),
     index=jnp.where(real, of(split.index), split.index.shape[0]),
-    info={**jax.tree.map(blank, kept), "place": place.reshape(conversations * length, length)},
+    info={**jax.tree.map(blank, kept), "place": place.reshape(count * length, length)},
   )

@@ -109,7 +109,7 @@ class Conversations(NamedTuple):
   """
 
   batch: types.Batch
-  table: types.Array
+  table: Any
 
   @property
   def rows(self) -> int:

@@ -134,7 +134,7 @@ def step_mask(u: types.Array, rate: types.Array, valid: types.Array) -> types.Ar
   return (jnp.asarray(u) > rate) | ~jnp.asarray(valid)
 
 
-def at_least_one(view: types.Array, u: types.Array, keep: types.Array) -> types.Array:
+def at_least_one(view: chex.Array, u: chex.Array, keep: chex.Numeric) -> types.Array:
   """One modality that stays in any case, and the others where u < keep (GCNet's masks).
 
   Args:
