@@ -1,5 +1,6 @@
 """Fixtures that several test files share, and JAX's settings for all of them."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -10,8 +11,18 @@ PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  # a third of the time again; XLA stops at a flag that it does not know, so not for other versions
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# In the processes of tests and in this one alike: binaries would make a device of every core, which
+# changes the last bits of a training. And they find `toy`.
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+  filter(None, [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
 
 import pytest  # noqa: E402
 
