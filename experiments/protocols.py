@@ -133,8 +133,8 @@ PROTOCOLS: dict[str, Protocol] = {
     paper=lambda config: papers.read("lnln", config.data.name),
   ),
   "hrlf": Protocol(
-    title="HRLF's (Li et al. 2024): trained with lost frames and lost modalities at once, tested with"
-    " each",
+    title="HRLF's (Li et al. 2024): frames and modalities go missing, both in training, each alone"
+    " in testing",
     entries={"method.name": "spl", "mask.name": "msm"},
     tests={
       "rates": Tests(rates("0:1:0.1"), {"name": "frames"}),

@@ -33,6 +33,7 @@ from mmjax.masking.protocols import (
   drop,
   family,
   frames,
+  gcnet,
   imder,
   make,
   mixture,
@@ -44,6 +45,7 @@ from mmjax.masking.protocols import (
 )
 from mmjax.masking.transforms import (
   Rate,
+  at_least_one,
   complement,
   complete,
   ends,
@@ -64,6 +66,7 @@ __all__ = [
   "MASKS",
   "SUBSETS",
   "Rate",
+  "at_least_one",
   "available",
   "bernoulli",
   "blocks",
@@ -76,6 +79,7 @@ __all__ = [
   "erase",
   "family",
   "frames",
+  "gcnet",
   "imder",
   "make",
   "mixture",
