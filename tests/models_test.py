@@ -212,6 +212,23 @@ def test_every_model_has_settings():
   assert SETTINGS.keys() == models.MODELS.keys()
 
 
+def test_every_system_takes_binary_problems():
+  """Traced, not compiled: they are classes to it, and its head tells them from as many classes."""
+  spec = make_spec(False, 8)._replace(problems=("happy", "sad", "angry"))
+  for name in models.MODELS:
+    case = Case.__new__(Case)
+    case.spec, case.system = spec, models.MODELS[name](**SETTINGS[name])
+    batch = case.make_batch()
+    params, extra = jax.eval_shape(lambda s=case.system: s.init(make_key(0), spec))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    assert (3, 2) in shapes and (8,) not in shapes, name
+    found = jax.eval_shape(case.system.predict, params, batch, extra)
+    assert found["prediction"].shape == (ROWS, 8), name
+    for phase in case.system.phases:
+      value, _ = jax.eval_shape(phase.loss, params, batch, make_key(1), extra)
+      assert value.shape == (), name
+
+
 def test_unknown_settings_are_refused():
   for make in models.MODELS.values():
     with pytest.raises(TypeError, match="hiden_size"):

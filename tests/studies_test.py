@@ -43,7 +43,14 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
   table = pd.read_csv(out / "comparison.csv")
   assert set(table["test_rate"]) == {"0.4-0.6", "0.6-0.8"}
   mae = table[table["metric"] == "mae"]
-  assert (mae["n"] == 2).all() and mae["p"].notna().tolist() == [False, True] * 2
+  assert mae["method"].tolist() == ["ORIG", "M3S", "median"] * 2
+  assert mae["n"].tolist() == [2, 2, 1] * 2 and mae["p"].notna().tolist() == [False, True, False] * 2
+  assert set(mae["split"]) == {"test"} and "valid/mae at rate 0.4-0.6" in set(mae["selection"])
+  counted = pd.read_csv(out / "missing_data.csv").set_index(["condition", "modality"])
+  assert counted.loc[("0", "all"), "missing steps"] == 0
+  some = counted.loc[("0.9", "text")]
+  assert 0.8 < some["missing steps"] / some["of steps"] < 0.9 and some["of samples"] == 2 * 24
+  assert "Missing: One contiguous span" in output and "The rate is r, share of" in output
   for method, seed in (("orig", 0), ("orig", 1), ("m3s", 0), ("m3s", 1)):
     path = out / f"{method}-0.4,0.6" / f"seed-{seed}"
     log = workdir.history(path)
@@ -54,7 +61,7 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
   for name in ("epochs_valid.png", "epochs_test.png", "robustness.png"):
     assert (out / name).stat().st_size > 5000
   rows = pd.read_csv(out / "robustness_runs.csv")
-  assert len(rows) == 2 * 2 * (2 + 10) * 2
+  assert len(rows) == (2 * 2 * 2 + 1) * (2 + 10)  # and the constant's
   # the terminal gets the rates against the methods, the files the long table
   pivot = output.split("MAE (lower is better):")[1]
   assert "condition" in pivot and "ORIG" in pivot.splitlines()[1] and "M3S" in pivot.splitlines()[1]
@@ -96,7 +103,7 @@ def test_ablate_trains_variants_and_tabulates_their_differences(folder):
   page = (out / "report.html").read_text(encoding="utf-8")
   assert "TEST ORACLE" in page and "experiments.ablate" in page
   rows = pd.read_csv(out / "robustness_runs.csv")
-  assert len(rows) == 2 * (10 + 6) * 2  # variants x conditions x masks
+  assert len(rows) == (2 * 2 + 1) * (10 + 6)  # variants x masks, and the constant, x conditions
   # without language, audio and vision nothing is seen: no mask makes a difference
   silent = rows[(rows["model"] == "quickstart blind") & (rows["kind"] == "missing")]
   assert silent[silent["condition"] == "av"]["mae"].nunique() == 1
