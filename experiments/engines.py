@@ -6,6 +6,7 @@ dies, Ray starts its trainings elsewhere, and each goes on from its last checkpo
 
 import contextlib
 import importlib.util
+import logging
 import os
 import time
 from typing import Any
@@ -38,7 +39,7 @@ def define(flag_values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     "processes",
     os.cpu_count(),
-    "Trainings at a time; on Ray as many as it has free GPUs or cores.",
+    "Trainings at a time, 1 on a GPU; on Ray as many as it has GPUs, or else cores.",
     lower_bound=1,
     flag_values=flag_values,
   )
@@ -56,7 +57,7 @@ def make(flag_values: flags.FlagValues) -> processes.Engine:
     raise types.UsageError("--engine=ray needs Ray: pip install 'mmjax[cluster]'.")
   if "schedule" in flag_values and flag_values["schedule"].value == "together":
     raise types.UsageError("--schedule=together is one program on one machine; leave --engine out.")
-  return Ray(flag_values["ray_address"].value)
+  return Ray(flag_values["ray_address"].value or "local")
 
 
 def train(path: str) -> child.Ended:
@@ -90,7 +91,7 @@ class Ray:
     given = {name: text for name, text in os.environ.items() if name.startswith(PASSED_ON)}
     given["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
-      ray.init(self._address, log_to_driver=False, logging_level="error")
+      ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
       raise types.UsageError(f"--ray_address={self._address}: {error}") from None
     self._gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -123,6 +124,7 @@ class _RayJob:
 
   def poll(self) -> child.Ended | None:
     import ray
+    import ray.exceptions
 
     if not ray.wait([self._ref], timeout=0)[0]:
       return None
