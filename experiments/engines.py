@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import time
+import warnings
 from typing import Any
 
 from absl import flags
@@ -46,7 +47,7 @@ def define(flag_values: flags.FlagValues) -> None:
 
 
 def make(flag_values: flags.FlagValues) -> processes.Engine:
-  """The engine that the flags ask for; nothing is started yet.
+  """The engine that the flags ask for, before JAX runs anything.
 
   Raises:
     UsageError: if Ray is asked for and not installed, or all seeds are to be one program.
@@ -79,26 +80,21 @@ class Ray:
   """
 
   def __init__(self, address: str):
-    self._address = address
-    self._train: Any = None
-
-  def _connect(self) -> None:
-    if self._train is not None:
-      return
     import ray
 
     paths = (os.getcwd(), os.environ.get("PYTHONPATH"))
     given = {name: text for name, text in os.environ.items() if name.startswith(PASSED_ON)}
     given["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
-      ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
+      with warnings.catch_warnings(action="ignore"):  # it forks, but JAX has no threads yet
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-      raise types.UsageError(f"--ray_address={self._address}: {error}") from None
+      raise types.UsageError(f"--ray_address={address}: {error}") from None
     self._gpus = 1 if ray.cluster_resources().get("GPU") else 0
     if not self._gpus:
       given["NPROC"] = "1"  # XLA's threads: a core for each training, which decides its bits too
     environment = {"env_vars": given}
-    self._train = ray.remote(
+    self._train: Any = ray.remote(
       num_cpus=1, num_gpus=self._gpus, max_retries=RETRIES, runtime_env=environment
     )(train)
 
@@ -107,12 +103,10 @@ class Ray:
     """How many trainings at a time: one per GPU, or core, of the nodes there are now."""
     import ray
 
-    self._connect()
     return int(ray.cluster_resources().get("GPU" if self._gpus else "CPU", 0))
 
   def start(self, training: processes.Training) -> processes.Job:
     """See `Engine.start`."""
-    self._connect()
     return _RayJob(self._train.remote(str(training.path.absolute())))
 
 

@@ -6,10 +6,11 @@ failed by whoever sees it and put into the queue again, as a new trial of the sa
 roots as asked for are finished.
 """
 
+import contextlib
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -29,10 +30,11 @@ def _quiet():
   return warnings.catch_warnings(action="ignore")
 
 
+@contextlib.contextmanager
 def open_study(
   url: str, name: str, better: str, pruner: optuna.pruners.BasePruner, grace: int
-) -> tuple[optuna.Study, optuna.storages.RDBStorage]:
-  """The study of a name in a database, which is created where it is not there yet.
+) -> Iterator[tuple[optuna.Study, optuna.storages.RDBStorage]]:
+  """`with open_study(…) as (study, storage)`: in a database; created where it is not there yet.
 
   Args:
     url: sqlite:///FILE or postgresql://USER@HOST/DATABASE.
@@ -44,6 +46,15 @@ def open_study(
   Raises:
     UsageError: if the database cannot be used.
   """
+  study, storage = _connect(url, name, better, pruner, grace)
+  try:
+    yield study, storage
+  finally:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _connect(url, name, better, pruner, grace):
   import sqlalchemy.exc
 
   directions = optuna.study.StudyDirection

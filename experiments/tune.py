@@ -60,6 +60,7 @@ _GRACE = flags.DEFINE_integer(
   flag_values=_FLAGS,
 )
 engines.define(_FLAGS)
+TOLD = "Stopping the trials after this stretch of steps"
 
 
 @cli.binary(_FLAGS, __doc__, required=["config", "out", "space"])
@@ -87,24 +88,24 @@ def main():
   pruner = optuna.pruners.NopPruner()
   if _PRUNER.value == "median":
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=_WARMUP.value)
-  study, storage = trials.open_study(
+  opened = trials.open_study(
     _STORAGE.value or f"sqlite:///{out.absolute() / 'study.db'}",
     _STUDY.value or out.absolute().name,
     asked.better,
     pruner,
     _GRACE.value,
   )
-  trials.agree(study, asked.describe())
-  queue = trials.Queue(study, storage, entries, _TRIALS.value, config.seed, _GRACE.value)
-  with interrupts.Watch("Stopping the trials after this stretch of steps") as watch:
+  with opened as (study, storage), interrupts.Watch(TOLD) as watch:
+    trials.agree(study, asked.describe())
+    queue = trials.Queue(study, storage, entries, _TRIALS.value, config.seed, _GRACE.value)
     try:
       queue.recover()  # what a signal stopped
       asked.work(queue, engine, watch)
     except interrupts.Interrupted:
       print(f"Interrupted; saved in {out}. The same command goes on from there.")
       sys.exit(128 + (watch.signal or 0))
-  asked.write(study)
-  best = search.best_of(study)
+    asked.write(study)
+    best = search.best_of(study)
   if best is None:
     raise types.UsageError(f"no trial came to its end; see {out / 'trials.csv'}.")
   told = ", ".join(f"{name}={value}" for name, value in best.params.items())

@@ -43,8 +43,12 @@ def flags(folder, out, *more):
 
 
 def results(out, url=None):
-  url = url or f"sqlite:///{out / 'study.db'}"
-  return trials.told(optuna.load_study(study_name=out.name, storage=url).trials)
+  return trials.told(tries(out, url or f"sqlite:///{out / 'study.db'}"))
+
+
+def tries(out, url):
+  with trials.open_study(url, out.name, "min", optuna.pruners.NopPruner(), 60) as (study, _):
+    return study.trials
 
 
 def test_a_search_ends_in_a_config_and_goes_on_with_more_trials(folder):
@@ -116,13 +120,14 @@ SMALL = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
 def queues(tmp_path):
   """`queues(budget)`: a worker's queue of one and the same study; grace is a second."""
 
-  def make(budget, seed=0):
-    study, storage = trials.open_study(
-      f"sqlite:///{tmp_path / 'study.db'}", "s", "min", optuna.pruners.NopPruner(), 1
-    )
-    return trials.Queue(study, storage, SMALL, budget, seed, 1)
+  url, pruner = f"sqlite:///{tmp_path / 'study.db'}", optuna.pruners.NopPruner()
+  with contextlib.ExitStack() as opened:
 
-  return make
+    def make(budget, seed=0):
+      found = opened.enter_context(trials.open_study(url, "s", "min", pruner, 1))
+      return trials.Queue(*found, SMALL, budget, seed, 1)
+
+    yield make
 
 
 def test_two_workers_share_the_trials_and_draw_no_value_twice(queues):
@@ -255,11 +260,10 @@ def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   workers[0].communicate()
   output, _ = workers[1].communicate(timeout=500)
   assert workers[1].returncode == 0, output
-  url = postgresql.replace("://", "+psycopg://")
-  tries = optuna.load_study(study_name=out.name, storage=url).trials
-  assert sorted(one.state.name for one in tries) == ["COMPLETE"] * count + ["FAIL"]
-  found = results(out, url)
-  (lost,) = (one for one in tries if one.state.name == "FAIL")
+  all_tries = tries(out, postgresql)
+  assert sorted(one.state.name for one in all_tries) == ["COMPLETE"] * count + ["FAIL"]
+  found = results(out, postgresql)
+  (lost,) = (one for one in all_tries if one.state.name == "FAIL")
   assert found[lost.number].params == lost.params
   assert len(found) == count
   folders = {int(path.name): path for path in (out / "trials").iterdir()}
