@@ -15,7 +15,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna")
 
-from command import call, final, refused, start  # noqa: E402
+from command import ROOT, call, final, refused, start  # noqa: E402
 from experiments import trials, workdir  # noqa: E402
 
 SPACE = """
@@ -28,13 +28,16 @@ SPACE = {
 """
 
 
+# a model whose training can be met in its middle
+LONGER = ("--config=quickstart:tiny", "--config.model.hidden_size=4")
+
+
 def flags(folder, out, *more):
   file = folder / "space.py"
   file.write_text(SPACE)
   return (
-    "--config=quickstart:tiny",
+    f"--config={ROOT / 'tests' / 'toy_config.py'}:tiny",
     "--config.train.batch_size=8",
-    "--config.model.hidden_size=4",
     f"--data_dir={folder / 'data'}",
     f"--out={out}",
     f"--space={file}",
@@ -93,7 +96,7 @@ def test_a_search_ends_in_a_config_and_goes_on_with_more_trials(folder):
     ("'train.select': CategoricalDistribution(('valid/mae',))", "compared by one metric"),
     ("'valid.rate': FloatDistribution(0, 1)", "the same missing data"),
     ("'mask.rate': FloatDistribution(0, 1)", "--config.valid.rate=… fixes it there"),
-    ("'model.dropout': FloatDistribution(0, 1)", "by a flag, and in the space too"),
+    ("'optimizer.weight_decay': FloatDistribution(0, 1)", "by a flag, and in the space too"),
     ("'train.epochs': IntDistribution(0, 5)", "the space cannot have train.epochs=0"),
     ("'method.name': CategoricalDistribution(('orig', 'spl', 'm4s'))", "did you mean 'm3s'"),
   ),
@@ -101,7 +104,7 @@ def test_a_search_ends_in_a_config_and_goes_on_with_more_trials(folder):
 def test_a_space_is_refused_before_any_work(folder, tmp_path, entry, told):
   file = tmp_path / "space.py"
   file.write_text(f"from optuna.distributions import *\nSPACE = {{{entry}}}\n")
-  more = (f"--space={file}", "--config.model.dropout=0.1")
+  more = (f"--space={file}", "--config.optimizer.weight_decay=0.1")
   assert told in refused("tune", *flags(folder, tmp_path / "out", *more))
   assert not (tmp_path / "out").exists()
 
@@ -186,7 +189,7 @@ def test_what_kills_every_worker_is_given_up(queues):
 @pytest.mark.slow
 def test_pruned_and_stopped_trials(folder):
   """A signal saves all; what is not promising ends early."""
-  out, more = folder / "pruned", ("--config.train.epochs=30", "--trials=8", "--warmup=2")
+  out, more = folder / "pruned", ("--config.train.epochs=30", "--trials=8", "--warmup=2", *LONGER)
   file = folder / "rates.py"
   file.write_text(SPACE.replace("1e-4, 1e-2", "1e-7, 1e-2"))
   more += (f"--space={file}", "--processes=2")
@@ -248,7 +251,7 @@ def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   """No trial is lost or doubled; that of the dead worker goes on in its folder."""
   out, count = folder / "shared", 4
   more = ("--config.train.epochs=24", f"--trials={count}", "--processes=1", "--pruner=none")
-  more += (f"--storage={postgresql}", "--grace=5")
+  more += (f"--storage={postgresql}", "--grace=5", *LONGER)
   workers = [start("tune", *flags(folder, out, *more)) for _ in range(2)]
   paths = [out / "trials" / f"{number:04d}" for number in range(2)]
   end = time.monotonic() + 300
