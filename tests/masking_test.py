@@ -20,6 +20,7 @@ MASKS = {
   "bernoulli": masking.bernoulli((0.0, 1.0), complete_share=0.5),
   "drop": masking.drop(("text", "vision")),
   "random_drop": masking.random_drop(),
+  "gcnet": masking.gcnet((0.1, 0.6)),
   "mixture": masking.mixture([masking.span(0.3), masking.drop(("audio",))]),
   "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
 }
@@ -29,6 +30,7 @@ DRAWN = {
   "bernoulli": [1023, 1023, 1023, 176, 1023, 1023, 1018, 1023],
   "compose": [127, 571, 575, 967, 911, 993, 31, 760],
   "drop": [1023, 1023, 1023, 1023, 1023, 1023, 1023, 1023],
+  "gcnet": [0, 1023, 0, 1023, 1023, 1023, 0, 1023],
   "mixture": [0, 575, 575, 967, 911, 995, 0, 0],
   "random_drop": [1023, 1023, 0, 0, 0, 1023, 1023, 1023],
   "span": [899, 1016, 1008, 31, 995, 896, 903, 960],
@@ -286,6 +288,34 @@ def drawn_subsets(mask):
   batch, rows = many(), 4000
   gone = [1 - missing_rate(s) == 0 for s in seen_of(draw(mask, batch, 6)).values()]
   return np.bincount(np.stack(gone, 1) @ [1, 2, 4], minlength=8) / rows
+
+
+def test_gcnets_masks_keep_one_modality_and_the_others_by_the_rate():
+  keep = 1 - 1.5 * 0.4  # of each modality beside the one that stays
+  one, two = 2 / 3 * keep * (1 - keep), (1 - keep) ** 2 / 3
+  chance = [keep**2, one, one, two, one, two, two, 0]
+  found = drawn_subsets(masking.gcnet(0.4))
+  np.testing.assert_allclose(found, chance, atol=0.025)
+  shares = [np.array([bin(s).count("1") for s in range(8)]) @ x / 3 for x in (chance, found)]
+  np.testing.assert_allclose(shares, 0.4, atol=0.015)
+  assert drawn_subsets(masking.gcnet(0.0))[0] == 1
+  assert drawn_subsets(masking.gcnet(0.7))[[3, 5, 6]] == pytest.approx(1 / 3, abs=0.025)
+  # whole modalities, as the conditions of missing sets ask for
+  assert drawn_subsets(masking.gcnet({"text": 1.0}))[1] == 1
+  assert drawn_subsets(masking.gcnet({"text": 1.0, "vision": 1.0}))[5] == 1
+
+
+def test_gcnets_masks_of_an_interval_share_a_samples_rate():
+  """At rates 0 and 2/3 nothing or two modalities go; between, samples lose 0, 1 or 2."""
+  found = drawn_subsets(masking.gcnet((0.0, 0.6)))
+  # E[(1 - 3/2 r)²] for r uniform below 0.6: with rates of their own it would be 0.3025
+  assert found[0] == pytest.approx((1 - 0.1**3) / (3 * 0.9), abs=0.025) and found[7] == 0
+
+
+@pytest.mark.parametrize("rate", [0.71, (0.8, 0.9), {"text": 0.8, "audio": 0.8, "vision": 1.0}])
+def test_gcnets_masks_refuse_rates_that_take_everything(rate):
+  with pytest.raises(types.UsageError, match="no more than 2/3"):
+    masking.gcnet(rate)
 
 
 def test_random_drop_draws_its_subsets_equally_or_by_rate():

@@ -43,6 +43,7 @@ SETTINGS = {
   ),
   "cenet": dict(bert=BERT),
   "dmd": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), graph_sizes=(3, 2), bert=BERT),
+  "gcnet": dict(hidden_size=4, speakers=2, time_attention=True, bert=BERT),
   "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
     size=4,
@@ -134,7 +135,7 @@ class Case:
   def __init__(self, name: str, tokens: bool, num_classes: int):
     self.name, self.spec = name, make_spec(tokens, num_classes)
     self.system = models.MODELS[name](**SETTINGS[name])
-    self.batch = make_batch(self.spec)
+    self.batch = self.make_batch()
     self.init = jax.jit(lambda key: self.system.init(key, self.spec))
     self.params, self.extra = self.init(make_key(0))
     self.traces = collections.Counter()
@@ -144,6 +145,13 @@ class Case:
       phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
       for phase in self.system.phases
     }
+
+  def make_batch(self, seed=0):
+    """`make_batch`; for a system of conversations, a conversation of two speakers."""
+    batch = make_batch(self.spec, seed)
+    if not self.system.conversations:
+      return batch
+    return batch._replace(info={"place": jnp.eye(ROWS, dtype=bool), "speaker": batch.index % 2})
 
   def counted(self, name, function):
     """Counts how often a function is traced."""
@@ -168,7 +176,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "dmd", "gcnet", "lnln", "mult", "tetfn", "tfr_net")
 
 
 def all_cases():
@@ -335,7 +343,7 @@ def test_extra_keeps_its_structure(case):
 
 
 def test_another_batch_needs_no_other_program(case):
-  other = make_batch(case.spec, seed=1)
+  other = case.make_batch(seed=1)
   case.predict(case.params, case.batch, case.extra)
   case.predict(case.params, other, case.extra)
   for phase in case.system.phases:

@@ -37,6 +37,7 @@ LARGE = {
   "almt": 222,
   "cenet": 84,
   "dmd": 330,
+  "gcnet": 88,
   "lnln": 306,
   "mult": 207,
   "tetfn": 336,

@@ -30,6 +30,7 @@ from mmjax.masking.protocols import (
   describe,
   drop,
   family,
+  gcnet,
   make,
   mixture,
   random_drop,
@@ -38,6 +39,7 @@ from mmjax.masking.protocols import (
 )
 from mmjax.masking.transforms import (
   Rate,
+  at_least_one,
   complement,
   complete,
   ends,
@@ -57,6 +59,7 @@ __all__ = [
   "MASKS",
   "SUBSETS",
   "Rate",
+  "at_least_one",
   "bernoulli",
   "complement",
   "complete",
@@ -66,6 +69,7 @@ __all__ = [
   "ends",
   "erase",
   "family",
+  "gcnet",
   "make",
   "mixture",
   "observed",

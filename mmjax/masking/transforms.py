@@ -134,6 +134,21 @@ def step_mask(u: types.Array, rate: types.Array, valid: types.Array) -> types.Ar
   return (jnp.asarray(u) > rate) | ~jnp.asarray(valid)
 
 
+def at_least_one(view: chex.Array, u: chex.Array, keep: chex.Numeric) -> types.Array:
+  """One modality that stays in any case, and the others where u < keep (GCNet's masks).
+
+  Args:
+    view: [B] which one of the M stays.
+    u: [B, M] draws.
+    keep: how often each stays beside it, in the draws' units; broadcasts against `u`.
+
+  Returns:
+    [B, M] bool, False where a modality is missing.
+  """
+  u = jnp.asarray(u)
+  return (jnp.asarray(view)[:, None] == jnp.arange(u.shape[1])[None]) | (u < keep)
+
+
 def ends(valid: types.Array) -> types.Array:
   """True on the first and the last valid step: [CLS] and [SEP] of token ids.
 
