@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from mmjax import masking, models, optim, recurrence, torch_import, types
-from mmjax.models import dmd
+from mmjax.models import cubemlp, dmd
 
 BERT = dict(
   vocab_size=110,
@@ -42,6 +42,15 @@ SETTINGS = {
     bert=BERT,
   ),
   "cenet": dict(bert=BERT),
+  "cubemlp": dict(
+    steps=7,
+    size=4,
+    encoder="lstm",  # compiles in half the time; parity has the others
+    hidden_sizes=((3, 2, 4), (2, 3, 3)),
+    out_sizes=((5, 3, 4), (2, 2, 3)),
+    project=(True, True),
+    bert=BERT,
+  ),
   "dmd": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), graph_sizes=(3, 2), bert=BERT),
   "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
@@ -90,7 +99,19 @@ SETTINGS = {
   ),
 }
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "dmd", "lmf", "lnln", "mmin", "mult", "tetfn", "tfn", "tfr_net")
+READS_PADDING = (
+  "almt",
+  "cenet",
+  "cubemlp",
+  "dmd",
+  "lmf",
+  "lnln",
+  "mmin",
+  "mult",
+  "tetfn",
+  "tfn",
+  "tfr_net",
+)
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln")
 # Systems that read as many frames of audio and vision as the text has tokens.
@@ -434,3 +455,31 @@ def test_misa_packs_with_the_lengths_that_it_is_told():
 def test_dmds_margin_grows_with_the_distance_of_labels(label, expected):
   feature = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
   np.testing.assert_allclose(dmd.margin_loss(feature, jnp.array(label)), expected, rtol=1e-6)
+
+
+def test_cubemlp_composes_and_centres_as_published():
+  cube = jnp.arange(24.0).reshape(1, 2, 3, 4)  # an entry is 12 step + 4 modality + channel
+  both = cubemlp.compose(cube, "cat", "cat")[0]
+  np.testing.assert_array_equal(both[:12], [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7])
+  np.testing.assert_array_equal(cubemlp.compose(cube, "mean", "cat")[0], np.arange(12) + 6)
+  np.testing.assert_array_equal(cubemlp.compose(cube, "mean", "mean")[0], np.arange(4) + 10)
+  centred = cubemlp.centred(jnp.array([[[1.0], [2.0]]]), 5)
+  np.testing.assert_array_equal(centred[0, :, 0], [0, 1, 2, 0, 0])
+
+
+def test_cubemlps_cube_has_zeros_for_what_is_missing_as_a_whole():
+  case = make_case("cubemlp", "classification")
+  for missing, name in enumerate(types.MODALITIES):
+    cube = case.predict(case.params, masking.drop(name)(None, case.batch), {})["cube"]
+    empty = np.abs(cube).max((0, 1, 3)) == 0
+    assert list(empty) == [n == missing for n in range(3)]
+
+
+def test_cubemlp_refuses_sizes_that_a_residual_cannot_take():
+  sizes = ((5, 3, 4),)
+  make = functools.partial(cubemlp.make, steps=7, size=4, hidden_sizes=sizes, out_sizes=sizes)
+  with pytest.raises(ValueError, match="only a block that projects"):
+    jax.eval_shape(lambda: make(project=(False,)).init(make_key(0), make_spec(False, 0)))
+  for settings in (dict(encoder="rnn"), dict(project=(True, True)), dict(pack="mine")):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+      make(**{"project": (True,), **settings})

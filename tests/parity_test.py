@@ -36,6 +36,7 @@ GRADIENTS = {"lmf": 27, "misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75, "tf
 LARGE = {
   "almt": 222,
   "cenet": 84,
+  "cubemlp": 84,
   "dmd": 330,
   "lnln": 306,
   "mult": 207,

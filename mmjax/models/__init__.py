@@ -7,6 +7,7 @@ from mmjax import registry, torch_import, types
 from mmjax.models import (
   almt,
   cenet,
+  cubemlp,
   dmd,
   lmf,
   lnln,
@@ -23,6 +24,7 @@ from mmjax.models import (
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "cubemlp": cubemlp.make,
   "dmd": dmd.make,
   "lmf": lmf.make,
   "lnln": lnln.make,
