@@ -64,6 +64,7 @@ SETTINGS = {
     hyper_heads=2,
     bert=BERT,
   ),
+  "mctn": dict(size=3, bert=BERT),
   "misa": dict(hidden_size=4, bert=BERT),
   "mmim": dict(lstm_sizes=(3, 3), out_sizes=(4, 4), hidden_size=5, bert=BERT),
   "mmin": dict(
@@ -106,6 +107,7 @@ READS_PADDING = (
   "dmd",
   "lmf",
   "lnln",
+  "mctn",
   "mmin",
   "mult",
   "tetfn",
@@ -113,7 +115,7 @@ READS_PADDING = (
   "tfr_net",
 )
 # Systems without any dropout of their own; BERT's is what is left.
-NO_DROPOUT = ("almt", "lnln")
+NO_DROPOUT = ("almt", "lnln", "mctn")
 # Systems that read as many frames of audio and vision as the text has tokens.
 PACKS_WITH_TEXT = ("misa",)
 
@@ -483,3 +485,40 @@ def test_cubemlp_refuses_sizes_that_a_residual_cannot_take():
   for settings in (dict(encoder="rnn"), dict(project=(True, True)), dict(pack="mine")):
     with pytest.raises(ValueError, match=next(iter(settings))):
       make(**{"project": (True,), **settings})
+
+
+@pytest.mark.parametrize("over", ["time", "batch"])
+def test_mctn_mixes_the_samples_of_a_batch_only_over_the_batch(over):
+  case = make_case("mctn", "regression")
+  predict = case.predict
+  if over == "batch":
+    predict = jax.jit(models.MODELS["mctn"](**SETTINGS["mctn"], over="batch").predict)
+  x = case.batch.text.x
+  other = case.batch._replace(text=case.batch.text._replace(x=x.at[-1].set(1 - x[-1])))
+  one, two = (predict(case.params, batch, {})["prediction"] for batch in (case.batch, other))
+  assert one[-1] != two[-1]
+  assert bool((one[:-1] == two[:-1]).all()) is (over == "time")
+
+
+def test_mctn_predicts_from_its_source_alone():
+  case = make_case("mctn", "regression")
+  batch = masking.drop(("audio", "vision"))(None, case.batch)
+  one, two = (case.predict(case.params, b, {}) for b in (case.batch, batch))
+  np.testing.assert_array_equal(one["prediction"], two["prediction"])
+  assert np.abs(one["vision"] - two["vision"]).max() > 0  # but its translations read the others
+  np.testing.assert_array_equal(two["target_audio"][..., : AUDIO[1]], case.batch.audio.x)
+
+
+def test_mctn_may_leave_padding_out():
+  case = make_case("mctn", "regression")
+  system = models.MODELS["mctn"](**SETTINGS["mctn"], mask_padding=True)
+  batch = case.batch
+  for name in types.MODALITIES:
+    m = getattr(batch, name)
+    batch = batch._replace(**{name: m._replace(x=jnp.where(m.valid[..., None], m.x, 7.0))})
+  loss = jax.jit(system.loss)
+  one, two = (loss(case.params, b, None, {})[0] for b in (case.batch, batch))
+  np.testing.assert_allclose(one, two, rtol=1e-5)
+  assert abs(one - case.system.loss(case.params, case.batch, None, {})[0]) > 1e-4
+  with pytest.raises(ValueError, match="no padding"):
+    models.MODELS["mctn"](mask_padding=True, over="batch")

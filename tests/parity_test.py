@@ -39,6 +39,7 @@ LARGE = {
   "cubemlp": 84,
   "dmd": 330,
   "lnln": 306,
+  "mctn": 50,
   "mult": 207,
   "tetfn": 336,
   "tfr_net": 522,
