@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from mmjax import masking, models, optim, recurrence, torch_import, types
+from mmjax import masking, models, optim, recurrence, sources, torch_import, types
 from mmjax.models import cubemlp, dmd
 
 BERT = dict(
@@ -83,6 +83,9 @@ SETTINGS = {
     head_dropout=(0.1, 0.1, 0.1, 0.1),
     bert=BERT,
   ),
+  "smil": dict(
+    sizes=(3, 2, 3), hidden_size=4, centres=2, complete_share=0.5, pretrain_epochs=1, bert=BERT
+  ),
   "tetfn": dict(
     size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
   ),
@@ -114,6 +117,8 @@ READS_PADDING = (
   "tfn",
   "tfr_net",
 )
+# Systems whose authors publish no code for such data.
+WITHOUT_CODE = ("smil",)
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln", "mctn")
 # Systems that read as many frames of audio and vision as the text has tokens.
@@ -191,7 +196,7 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
+LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "smil", "tetfn", "tfr_net")
 
 
 def all_cases():
@@ -244,6 +249,8 @@ def test_lists_and_tuples_make_the_same_system():
 
 def test_published_names_are_found_beside_the_model():
   for name in models.MODELS:
+    if name in WITHOUT_CODE:
+      continue
     rules = models.torch_rules(name, **SETTINGS[name])
     assert torch_import.ignored(["nonsense"], rules) == [] and len(rules) > 10
   at = r"C.module.4.weight"  # the second layer, behind a dropout's and a norm's number
@@ -251,8 +258,9 @@ def test_published_names_are_found_beside_the_model():
   for changes, found in ((dict(batch_norm=True), True), ({}, False)):
     rules = models.torch_rules("mmin", **changes)
     assert (torch_import.locate(params, at, rules) is not None) is found
-  with pytest.raises(types.UsageError, match="TORCH_RULES"):
-    models.torch_rules("toy:make_system")
+  for name in ("toy:make_system", *WITHOUT_CODE):
+    with pytest.raises(types.UsageError, match="TORCH_RULES"):
+      models.torch_rules(name)
 
 
 @pytest.mark.parametrize("name", ["misa", "self_mm", "mmim", "mmin", "tetfn"])
@@ -335,10 +343,11 @@ def test_phases_tell_whether_products_with_their_hessian_are_symmetric(name):
 
 def test_losses_and_gradients_are_finite(case):
   key, params, extra = make_key(0), case.params, case.extra
+  train = sources.Resident(case.batch)
   touched = jax.tree.map(lambda p: False, case.params)
   for epoch, phase in itertools.product((0, 1, 2), case.system.phases):
     if phase.on_epoch:  # generated labels start to move in the second epoch
-      params, extra = phase.on_epoch(params, extra, epoch, None)
+      params, extra = phase.on_epoch(params, extra, epoch, train)
     (value, aux), grads = case.gradients[phase.name](params, case.batch, key, extra)
     assert value.shape == ()
     assert np.isfinite(value)
@@ -472,7 +481,7 @@ def test_cubemlp_composes_and_centres_as_published():
 def test_cubemlps_cube_has_zeros_for_what_is_missing_as_a_whole():
   case = make_case("cubemlp", "classification")
   for missing, name in enumerate(types.MODALITIES):
-    cube = case.predict(case.params, masking.drop(name)(None, case.batch), {})["cube"]
+    cube = case.predict(case.params, masking.drop(name)(make_key(0), case.batch), {})["cube"]
     empty = np.abs(cube).max((0, 1, 3)) == 0
     assert list(empty) == [n == missing for n in range(3)]
 
@@ -502,7 +511,7 @@ def test_mctn_mixes_the_samples_of_a_batch_only_over_the_batch(over):
 
 def test_mctn_predicts_from_its_source_alone():
   case = make_case("mctn", "regression")
-  batch = masking.drop(("audio", "vision"))(None, case.batch)
+  batch = masking.drop(("audio", "vision"))(make_key(0), case.batch)
   one, two = (case.predict(case.params, b, {}) for b in (case.batch, batch))
   np.testing.assert_array_equal(one["prediction"], two["prediction"])
   assert np.abs(one["vision"] - two["vision"]).max() > 0  # but its translations read the others

@@ -41,6 +41,7 @@ LARGE = {
   "lnln": 306,
   "mctn": 50,
   "mult": 207,
+  "smil": 22,
   "tetfn": 336,
   "tfr_net": 522,
 }
