@@ -546,7 +546,8 @@ def make(
         )
       extra = {**extra, "available": jnp.asarray(available)}
     if refresh:
-      extra = find_centres(*parallel.local((params, extra)), batch)
+      params, extra = parallel.local((params, extra))
+      extra = find_centres(params, extra, batch)
     return params, extra
 
   def phase(name, loss, epochs, trains=""):
