@@ -27,6 +27,7 @@ REQUIRES = [
   "scipy>=1.14",
   "tabulate>=0.9",
   "tensorboardX>=2.6.2",
+  "threadpoolctl>=3.1",
   # TensorFlow serves the TFRecord files alone; the CPU build is enough on every machine.
   'tensorflow-cpu>=2.20; platform_system != "Darwin"',
   'tensorflow>=2.20; platform_system == "Darwin"',
