@@ -23,6 +23,7 @@ MASKS = {
   "gcnet": masking.gcnet((0.1, 0.6)),
   "mixture": masking.mixture([masking.span(0.3), masking.drop(("audio",))]),
   "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
+  "msm": masking.msm(),
 }
 
 
@@ -32,6 +33,7 @@ DRAWN = {
   "drop": [1023, 1023, 1023, 1023, 1023, 1023, 1023, 1023],
   "gcnet": [0, 1023, 0, 1023, 1023, 1023, 0, 1023],
   "mixture": [0, 575, 575, 967, 911, 995, 0, 0],
+  "msm": [0, 1019, 239, 7, 0, 0, 0, 767],
   "random_drop": [1023, 1023, 0, 0, 0, 1023, 1023, 1023],
   "span": [899, 1016, 1008, 31, 995, 896, 903, 960],
 }
@@ -346,6 +348,29 @@ def test_random_drop_takes_rates_of_its_modalities_and_intervals():
   found = drawn_subsets(masking.random_drop(rates, subsets=masking.SUBSETS))
   expected = [0, 0, 0.8 * 0.5, 0.2 * 0.5, 0, 0, 0.8 * 0.5, 0.2 * 0.5]
   np.testing.assert_allclose(found, expected, atol=0.025)
+
+
+def test_msm_leaves_each_set_equally_often_and_drops_steps_of_what_it_leaves():
+  """The number of 20 steps that p ~ U(0, 1) drops is uniform on 0 … 20."""
+  batch, length = many(), 20
+  seen = np.stack([s[..., 0] for s in seen_of(draw(masking.msm(), batch, 8)).values()], 1)
+  lost = length - seen.sum(-1)  # [4000, 3]
+  whole = lost == length
+  # a modality that is left may lose all of its steps, too: one case in 21
+  chance = np.zeros(8)
+  for gone in range(7):
+    for more in (more for more in range(8) if more & gone == gone):
+      added, kept = (more & ~gone).bit_count(), 3 - more.bit_count()
+      chance[more] += (1 / 21) ** added * (20 / 21) ** kept / 7
+  np.testing.assert_allclose(np.bincount(whole @ [1, 2, 4], minlength=8) / 4000, chance, atol=0.02)
+  assert (np.bincount(lost[~whole], minlength=20) / (~whole).sum() < 0.08).all()
+  np.testing.assert_allclose(lost[~whole].mean(), 9.5, atol=0.2)
+  both = ~whole[:, 0] & ~whole[:, 1]  # p is drawn for each modality
+  assert abs(np.corrcoef(lost[both, 0], lost[both, 1])[0, 1]) < 0.08
+  fixed = draw(masking.msm(0.3, subsets=[("audio",)]), batch, 9)
+  rates = [missing_rate(s).mean() for s in seen_of(fixed).values()]
+  np.testing.assert_allclose(rates, [0.3, 1.0, 0.3], atol=0.01)
+  assert not masking.takes_rate(masking.msm)
 
 
 def test_a_mixture_draws_one_mask_for_each_sample_by_its_shares():

@@ -53,6 +53,8 @@ SETTINGS = {
   ),
   "dmd": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), graph_sizes=(3, 2), bert=BERT),
   "gcnet": dict(hidden_size=4, speakers=2, time_attention=True, bert=BERT),
+  "corrkd": dict(size=4, heads=2, depth=1, statistics_size=4, teacher_epochs=1, bert=BERT),
+  "hrlf": dict(size=4, heads=2, depth=1, teacher_epochs=1, bert=BERT),
   "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
     size=4,
@@ -102,6 +104,7 @@ SETTINGS = {
     hidden_size=4,
     bert=BERT,
   ),
+  "transm": dict(size=4, heads=2, bert=BERT),
 }
 # Systems whose published code reads the frames of padding too.
 READS_PADDING = (
@@ -120,6 +123,8 @@ READS_PADDING = (
 )
 # Systems whose authors publish no code for such data.
 WITHOUT_CODE = ("smil",)
+# Systems whose authors publish no code.
+WITHOUT_CODE = ("corrkd", "hrlf", "transm")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln", "mctn")
 # Systems that read as many frames of audio and vision as the text has tokens.
@@ -204,7 +209,20 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "dmd", "gcnet", "lnln", "mult", "smil", "tetfn", "tfr_net")
+LARGE = (
+  "almt",
+  "cenet",
+  "corrkd",
+  "dmd",
+  "gcnet",
+  "hrlf",
+  "lnln",
+  "mult",
+  "smil",
+  "tetfn",
+  "tfr_net",
+  "transm",
+)
 
 
 def all_cases():

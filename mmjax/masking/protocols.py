@@ -241,6 +241,27 @@ def compose(masks: Sequence[Member], rate: Rate | None = None) -> types.MaskFn:
   return mask
 
 
+def msm(p: Rate = (0.0, 1.0), *, subsets: Sequence[Collection[str]] = SUBSETS[:7]) -> types.MaskFn:
+  """Each sample loses whole modalities and, of those left, single steps (HRLF's training, MSM).
+
+  Li et al. 2024 (arXiv 2411.02793, §3.2) do not state the distribution of their modality
+  stochastic missing; this one is ours. It has no one missing rate that tables could sweep over.
+
+  Args:
+    p: probability with which each step of a modality that is left goes missing; drawn anew for
+      each sample and modality from an interval. A rate as the package says.
+    subsets: the sets of missing modalities, drawn equally often; by default the seven that leave
+      at least one.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: as `random_drop` and `bernoulli`.
+  """
+  return compose([random_drop(subsets=subsets), bernoulli(p)])
+
+
 def mixture(
   masks: Sequence[Member],
   shares: Sequence[float] | types.Array | None = None,
@@ -390,4 +411,5 @@ MASKS: dict[str, Callable[..., types.MaskFn]] = {
   "gcnet": gcnet,
   "mixture": mixture,
   "compose": compose,
+  "msm": msm,
 }

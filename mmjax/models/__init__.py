@@ -7,9 +7,11 @@ from mmjax import registry, torch_import, types
 from mmjax.models import (
   almt,
   cenet,
+  corrkd,
   cubemlp,
   dmd,
   gcnet,
+  hrlf,
   lmf,
   lnln,
   mctn,
@@ -22,14 +24,17 @@ from mmjax.models import (
   tetfn,
   tfn,
   tfr_net,
+  transm,
 )
 
 MODELS = {
   "almt": almt.make,
   "cenet": cenet.make,
+  "corrkd": corrkd.make,
   "cubemlp": cubemlp.make,
   "dmd": dmd.make,
   "gcnet": gcnet.make,
+  "hrlf": hrlf.make,
   "lmf": lmf.make,
   "lnln": lnln.make,
   "mctn": mctn.make,
@@ -42,6 +47,7 @@ MODELS = {
   "tetfn": tetfn.make,
   "tfn": tfn.make,
   "tfr_net": tfr_net.make,
+  "transm": transm.make,
 }
 
 
