@@ -5,7 +5,6 @@ configs that these and a protocol (`protocols.PROTOCOLS`) make, and the way from
 to the report.
 """
 
-import os
 import pathlib
 import shlex
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, processes, protocols, settings, study
+from experiments import build, cli, engines, processes, protocols, settings, study
 from experiments.configs import common
 from experiments.report import constant, page, predictions
 from mmjax import data, evaluate, masking, registry, types
@@ -69,9 +68,7 @@ def define(flag_values: flags.FlagValues) -> None:
     "Config entry of all variants, train.epochs=9, or of a model's, lnln/train.epochs=9;"
     " --config.train.epochs=9 is the same.",
   )
-  flags.DEFINE_integer(
-    "processes", os.cpu_count(), "Trainings at a time.", lower_bound=1, flag_values=flag_values
-  )
+  engines.define(flag_values)
 
 
 def ablations(model: str) -> dict[str, Mapping[str, Mapping[str, Any]]]:
@@ -103,6 +100,7 @@ class Asked:
     asked = self._value["conditions"]
     self._asked = cli.some_of("conditions", groups if asked is None else asked, groups)
     cli.some_of("view", [self._value["view"]], list(predictions.VIEWS))
+    self._engine = engines.make(flag_values)
     for text in self._value["set"]:
       model, separator, _ = settings.parse(text)[0].partition("/")
       if separator and model not in models:
@@ -179,7 +177,7 @@ class Asked:
     for variant in variants:
       evaluate.parse_rates(self._value["shown"], mask=rated.factory(variant.config))
       self._check_feature(runs.run(variant, self.seeds[0]), variant)
-    runs.train("processes", self._value["processes"])
+    runs.train("processes", self._engine)
     results = page.Results([], {}, {}, {})
     for one in runs.evaluate(self.conditions, self.mask_seeds, swapped=True):
       results.rows.extend(one.rows)

@@ -180,7 +180,9 @@ def emotional(rows):
 @pytest.mark.parametrize("form", ["pairs", "one-hot", "classes"])
 def test_four_emotions_are_binary_problems_and_classes(form):
   """[N, 4, 2] of no and yes, [N, 4], or the classes: the same problems in the files' order."""
-  arrays = emotional({"pairs": np.eye(2)[EMOTIONS], "one-hot": EMOTIONS}.get(form, EMOTIONS.argmax(1)))
+  arrays = emotional(
+    {"pairs": np.eye(2)[EMOTIONS], "one-hot": EMOTIONS}.get(form, EMOTIONS.argmax(1))
+  )
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     found = data.from_arrays(arrays, name="iemocap", task="binary")
@@ -200,7 +202,9 @@ def test_emotions_may_come_together_but_are_then_no_classes():
     with pytest.raises(data.DataError, match="classification_labels"), warnings.catch_warnings():
       warnings.simplefilter("ignore")
       data.from_arrays(emotional(rows), name="iemocap", task="classification")
-  spec = data.make_dataset(check.check(emotional(both), "f", "mine").arrays, name="mine", task="binary").spec
+  spec = data.make_dataset(
+    check.check(emotional(both), "f", "mine").arrays, name="mine", task="binary"
+  ).spec
   assert spec.problems == ("0", "1", "2") and spec.num_classes == 8  # no yes beyond the third
   with pytest.raises(data.DataError, match="4 binary problems"):
     data.make_spec(found.train, np.array([16]), "iemocap", "binary", None)

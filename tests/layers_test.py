@@ -255,7 +255,7 @@ def test_dropout_only_with_a_key():
 
 
 def test_joint_logits_are_those_of_independent_answers():
-  """Their cross-entropy is the sum of the binary ones, their divergence the sum of the divergences."""
+  """Cross-entropy and divergence are the sums of the binary ones."""
   scores = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
   joint = np.asarray(layers.joint(jnp.asarray(scores)))
   assert joint.shape == (2, 5, 8)
@@ -264,9 +264,7 @@ def test_joint_logits_are_those_of_independent_answers():
   for answer in range(8):
     picked = sum(each[:, :, k, answer >> k & 1] for k in range(3))
     np.testing.assert_allclose(whole[..., answer], picked, atol=1e-5)
-  np.testing.assert_array_equal(
-    joint.argmax(-1), np.asarray(each).argmax(-1) @ [1, 2, 4]
-  )
+  np.testing.assert_array_equal(joint.argmax(-1), np.asarray(each).argmax(-1) @ [1, 2, 4])
   divergence = (np.exp(whole[0]) * (whole[0] - whole[1])).sum(-1)
   parts = (np.exp(each[0]) * (each[0] - each[1])).sum((-1, -2))
   np.testing.assert_allclose(divergence, parts, atol=1e-5)

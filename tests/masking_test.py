@@ -772,3 +772,17 @@ def test_observed_passes_no_gradient_through_the_unseen():
   m = draw(masking.span(0.5), make_batch(tokens=False), 0).audio
   grad = jax.grad(lambda x: (masking.observed(m._replace(x=x)) ** 2).sum())(m.x)
   np.testing.assert_array_equal(grad, jnp.where(m.seen, 2 * m.x, 0))
+
+
+def test_a_modality_is_present_while_anything_of_it_is_seen():
+  x, valid = np.ones((4, 4, 2), np.float32), np.arange(4) < np.array([[4], [4], [2], [0]])
+  seen = np.zeros((4, 4, 1), bool)
+  seen[0, 3], seen[2, 2] = True, True  # the last is padding
+  m = types.modality(x, valid, seen)
+  np.testing.assert_array_equal(masking.present(m), [True, False, False, False])
+  np.testing.assert_array_equal(masking.present(types.modality(x, valid)), [True] * 3 + [False])
+  ids = types.modality(np.ones((2, 4), np.int32), valid[:2])
+  batch = types.Batch(ids, ids, ids, np.zeros(2), np.arange(2), {})
+  key = jax.random.key(0)
+  assert not masking.present(masking.drop("text")(key, batch).text).any()  # [CLS], [SEP] stay
+  assert masking.present(masking.drop("text")(key, batch).audio).all()

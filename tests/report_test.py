@@ -138,7 +138,7 @@ def test_the_printed_values_of_shared_are_ours(shared):
       title = {"average_of_six": "Avg.", "complete": "{l,a,v}"}.get(
         kept, "{" + ",".join(kept) + "}"
       )
-      metric = row["metric"].lower().replace("f1_", "f1_")
+      metric = row["metric"].lower()
       metric = "f1_non0" if metric == "f1" else metric
       column = columns[title]
       key = (f"{column.kind}={column.condition}", row["model"], metric)

@@ -44,7 +44,9 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
   assert set(table["test_rate"]) == {"0.4-0.6", "0.6-0.8"}
   mae = table[table["metric"] == "mae"]
   assert mae["method"].tolist() == ["ORIG", "M3S", "median"] * 2
-  assert mae["n"].tolist() == [2, 2, 1] * 2 and mae["p"].notna().tolist() == [False, True, False] * 2
+  assert (
+    mae["n"].tolist() == [2, 2, 1] * 2 and mae["p"].notna().tolist() == [False, True, False] * 2
+  )
   assert set(mae["split"]) == {"test"} and "valid/mae at rate 0.4-0.6" in set(mae["selection"])
   counted = pd.read_csv(out / "missing_data.csv").set_index(["condition", "modality"])
   assert counted.loc[("0", "all"), "missing steps"] == 0

@@ -48,6 +48,20 @@ def _each(batch: types.Batch, change: Callable[[types.Modality], types.Modality]
   return batch._replace(**{name: change(getattr(batch, name)) for name in types.MODALITIES})
 
 
+def present(m: types.Modality) -> types.Array:
+  """Whether anything of a modality is observed; of token ids, anything but the special tokens.
+
+  Args:
+    m: the modality.
+
+  Returns:
+    [B] bool, False where the whole modality is missing.
+  """
+  if m.x.ndim == 2:
+    return (m.seen & m.valid & ~ends(m.valid)).any(1)
+  return (m.seen & m.valid[..., None]).any((1, 2))
+
+
 def see(m: types.Modality, seen: types.Array) -> types.Modality:
   """And-s a mask into `seen`.
 
