@@ -94,12 +94,12 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
         }
       )
   table = pd.DataFrame(found)
-  table["p_holm"] = table.groupby("metric", sort=False)["p"].transform(holm)
+  table["p_holm"] = table.groupby("metric", sort=False)["p"].transform(lambda p: holm(list(p)))
   return table
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-  """A summary with "mean ± std" cells ("mean" where there is one run only)."""
+  """A summary with "mean ± std" cells ("mean" where there is one run, "" where there is none)."""
   text = pd.DataFrame(index=table.index)
   for name in table.columns:
     if name.endswith("_std") and name.removesuffix("_std") in table.columns:
@@ -111,8 +111,14 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
       text[name] = text[name].where(column.notna(), "")
       continue
     text[name] = [
-      f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
-      for mean, std, n in zip(table[name], table[f"{name}_std"], table["n"], strict=True)
+      "" if none else f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
+      for mean, std, n, none in zip(
+        table[name],
+        table[f"{name}_std"],
+        table["n"],
+        table[[name, f"{name}_std"]].isna().all(axis=1),
+        strict=True,
+      )
     ]
   return text
 

@@ -141,7 +141,8 @@ def test_the_printed_values_of_shared_are_ours(shared):
       metric = row["metric"].lower()
       metric = "f1_non0" if metric == "f1" else metric
       column = columns[title]
-      key = (f"{column.kind}={column.condition}", row["model"], metric)
+      model = row["model"].replace("_without_", " w/o ")
+      key = (f"{column.kind}={column.condition}", model, metric)
       np.testing.assert_allclose(values[key], row["value"] / 100, err_msg=str(key))
 
 
@@ -172,6 +173,8 @@ def test_a_table_as_printed_has_the_papers_rows_below_ours():
   ]
   np.testing.assert_allclose(table["{v}"], [1.25, 1.35, 0.3, 0.2])
   np.testing.assert_allclose(table["all"], [1.05, 1.25, np.nan, np.nan])
+  assert table["n"].tolist() == [2, 2, 1, 1]  # two seeds, whatever the masks
+  np.testing.assert_allclose(table.loc[0, "{v}_std"], 0.1 / np.sqrt(2))
   text = tables.readable(table)
   assert "±" in text.loc[0, "{v}"] and text.loc[2, "{v}"] == "0.300" and text.loc[2, "all"] == ""
 

@@ -95,7 +95,7 @@ def beside_paper(rows: Sequence[dict], paper: pd.DataFrame) -> pd.DataFrame:
   keys = paper["condition"] + " " + paper["method"].map(papers.plain) + " " + paper["metric"]
   values = {key: row for key, row in zip(keys, paper.to_dict("records"), strict=True)}
   found = []
-  for row in _with_averages(rows):
+  for row in _with_averages(rows, rows):
     for metric in metric_names(rows):
       key = f"{row['condition']} {papers.plain(row['model'])} {metric.removesuffix('_swapped')}"
       printed = values.get(key, {})
@@ -113,9 +113,12 @@ def beside_paper(rows: Sequence[dict], paper: pd.DataFrame) -> pd.DataFrame:
   return pd.DataFrame(found)
 
 
-def _with_averages(rows: Sequence[dict]) -> list[dict]:
-  """Means and deviations by model and condition, "rate=0.5", and of each kind "rate=average"."""
-  table = tables.summarize(rows, ("kind", "condition", "model")).to_dict("records")
+def _with_averages(rows: Sequence[dict], runs: Sequence[dict]) -> list[dict]:
+  """Means and deviations by model and condition, "rate=0.5", and of each kind "rate=average".
+
+  The deviations of conditions are those of `runs`, the averages' are over the training seeds.
+  """
+  table = tables.summarize(runs, ("kind", "condition", "model")).to_dict("records")
   for row in table:
     row["condition"] = f"{row['kind']}={row['condition']}"
   for kind in sorted({row["kind"] for row in rows}):
@@ -140,10 +143,12 @@ def as_printed(
 
   Returns:
     The columns "model", "values" ("ours" or "paper"), "n", and for each title its mean and
-    "TITLE_std"; empty where there is nothing.
+    "TITLE_std", over the training seeds; empty where there is nothing.
   """
   ours: dict[str, dict] = {}
-  for row in _with_averages(rows):
+  keys = ["model", "kind", "condition", "seed"]  # a training counts once, whatever its test masks
+  runs: Any = pd.DataFrame(rows).groupby(keys, sort=False)[metric].mean().reset_index()
+  for row in _with_averages(rows, runs.to_dict("records")):
     ours.setdefault(row["model"], {})[row["condition"]] = row
   printed: dict[str, dict] = {}
   own = [] if paper is None else paper[paper["metric"] == metric].to_dict("records")
