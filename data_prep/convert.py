@@ -1,6 +1,8 @@
 """Converts a feature pickle in the MMSA layout to TFRecords.
 
 python -m data_prep.convert --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data
+
+MulT's files are read too: their `labels` [N, 1, 1], and of IEMOCAP [N, 4, 2] or [N, 4].
 """
 
 import json

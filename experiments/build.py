@@ -108,20 +108,22 @@ def test_settings(config: Config) -> dict[str, Any]:
   return settings.plain(config.mask) | own
 
 
-def test_mask(config: Config, mask: Mapping[str, Any] | None = None) -> Callable[..., types.MaskFn]:
+def test_mask(
+  config: Config, other: Mapping[str, Any] | None = None
+) -> Callable[..., types.MaskFn]:
   """`rate -> MaskFn` in validation and testing.
 
   Args:
     config: of the run; the modalities that its model never sees are missing in any case.
-    mask: settings of another mask than the config's `test_settings`.
+    other: settings of another mask than the config's `test_settings`.
   """
-  given = dict(mask or test_settings(config))
+  given = dict(other or test_settings(config))
   given["drop"] = settings.plain(config.mask.get("drop", ()))
   if not masking.takes_rate(registry.lookup("mask", masking.MASKS, given["name"])):
     raise types.UsageError(
       f"mask {given['name']!r} takes no rate, and cannot be tested at several: name another one."
     )
-  if mask is None:
+  if other is None:
     _mask(dict(given), True)  # what it refuses is told before any work
 
   def mask(rate):

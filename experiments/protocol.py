@@ -71,7 +71,7 @@ def define(flag_values: flags.FlagValues) -> None:
   engines.define(flag_values)
 
 
-def ablations(model: str) -> dict[str, Mapping[str, Mapping[str, Any]]]:
+def ablations(model: str) -> dict[str, Any]:
   """Name -> line -> config entries: the sets of changes that a model has."""
   return common.ABLATIONS | getattr(settings.module_of(model), "ABLATIONS", {})
 

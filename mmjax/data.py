@@ -203,7 +203,7 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
     for m in ("audio", "vision")
   }
   valid = valid_steps({**fields, **others}, text)
-  label = read_labels(fields, where, task)
+  label: Any = read_labels(fields, where, task)
   for letter, modality in (("T", "text"), ("A", "audio"), ("V", "vision")):
     if f"regression_labels_{letter}" in fields:
       values = np.asarray(fields[f"regression_labels_{letter}"], np.float32)

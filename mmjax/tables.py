@@ -110,17 +110,15 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
       text[name] = column.map(lambda v: f"{v:.{digits}f}") if number else column.astype(str)
       text[name] = text[name].where(column.notna(), "")
       continue
-    text[name] = [
-      "" if none else f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
-      for mean, std, n, none in zip(
-        table[name],
-        table[f"{name}_std"],
-        table["n"],
-        table[[name, f"{name}_std"]].isna().all(axis=1),
-        strict=True,
-      )
-    ]
+    columns = (table[name], table[f"{name}_std"], table["n"])
+    text[name] = [_cell(*values, digits) for values in zip(*columns, strict=True)]
   return text
+
+
+def _cell(mean: float, std: float, n: int, digits: int) -> str:
+  if pd.isna(mean) and pd.isna(std):
+    return ""
+  return f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
 
 
 def pivot(

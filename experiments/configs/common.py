@@ -36,6 +36,7 @@ def get_config(dataset: str) -> Any:
   config.data = dict(
     name=dataset,
     text="features",  # "features": precomputed; "tokens": raw ids through a BERT
+    # "binary": IEMOCAP's emotions, each a problem of its own
     task="classification" if dataset in CLASSIFICATION else "regression",
     stream=False,  # leave the training split on disk, for data larger than the memory
     standardize=False,  # audio and vision by the training split's mean and std

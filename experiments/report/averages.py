@@ -147,12 +147,13 @@ def as_printed(
   """
   ours: dict[str, dict] = {}
   keys = ["model", "kind", "condition", "seed"]  # a training counts once, whatever its test masks
-  runs: Any = pd.DataFrame(rows).groupby(keys, sort=False)[metric].mean().reset_index()
+  groups: Any = pd.DataFrame(rows).groupby(keys, sort=False)[metric]
+  runs = groups.mean().reset_index()
   for row in _with_averages(rows, runs.to_dict("records")):
     ours.setdefault(row["model"], {})[row["condition"]] = row
   printed: dict[str, dict] = {}
-  own = [] if paper is None else paper[paper["metric"] == metric].to_dict("records")
-  for row in own:
+  own: Any = pd.DataFrame() if paper is None else paper[paper["metric"] == metric]
+  for row in own.to_dict("records"):
     printed.setdefault(row["method"], {})[row["condition"]] = row["value"]
   names = {papers.plain(name): name for name in printed}
 

@@ -111,7 +111,9 @@ def write(
     add(f"{title}: means over all, ± std over training seeds", f"average_{kind}", average)
   if "rate" in kinds:
     figures[f"Metrics against the missing rate ({quantity})"] = out / "robustness.png"
-  for kind, title in kinds.items() if baseline is not None else ():
+  for kind, title in kinds.items():
+    if baseline is None:
+      break
     title = f"Differences from {baseline}, means over all, p of a t-test. {title}"
     name = "differences" if kind == "rate" else f"differences_{kind}"
     add(title, name, averages.differences(rows, baseline, kind))
