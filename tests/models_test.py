@@ -121,10 +121,8 @@ READS_PADDING = (
   "tfn",
   "tfr_net",
 )
-# Systems whose authors publish no code for such data.
-WITHOUT_CODE = ("smil",)
-# Systems whose authors publish no code.
-WITHOUT_CODE = ("corrkd", "hrlf", "transm")
+# Systems whose authors publish no code for these data, so that no names are known.
+WITHOUT_CODE = ("corrkd", "hrlf", "smil", "transm")
 # Systems without any dropout of their own; BERT's is what is left.
 NO_DROPOUT = ("almt", "lnln", "mctn")
 # Systems that read as many frames of audio and vision as the text has tokens.
