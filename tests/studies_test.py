@@ -11,7 +11,7 @@ from absl import flags
 from command import ROOT, call, final, refused
 from data_prep import convert
 from experiments import protocol, protocols, robustness, workdir
-from mmjax import synthetic, types
+from mmjax import data, stream, synthetic, types
 
 # A registered system in tiny, as a config.
 EMOTIONAL = """
@@ -135,6 +135,9 @@ def test_hrlfs_protocol_on_four_emotions_from_mults_labels(tmp_path):
     fields.pop("classification_labels")
     fields["labels"] = np.eye(2)[np.eye(4, dtype=int)[emotion]]
   convert.convert(synthetic.write_pickle(tmp_path / "f.pkl", arrays), "iemocap", tmp_path)
+  held, kept = (f(tmp_path, "iemocap", task="binary") for f in (data.load, stream.open_dataset))
+  assert held.spec == kept.spec and (held.train.label == kept.train.read().label).all()
+  assert set(held.train.label) == {1, 2, 4, 8}
   config = tmp_path / "hrlf.py"  # so called, the paper's values are those of HRLF
   config.write_text(EMOTIONAL)
   out = tmp_path / "out"

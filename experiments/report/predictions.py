@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 import sklearn.metrics
+import threadpoolctl
 from sklearn import decomposition, manifold
 
 from mmjax import plots, types
@@ -58,10 +59,12 @@ def _neighbours(clouds: list[np.ndarray]) -> list[np.ndarray]:
   """t-SNE of all clouds together."""
   points = np.concatenate(clouds).astype(np.float64)
   dims = min(2, points.shape[1])
-  made = manifold.TSNE(
-    dims, perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=0
-  )
-  return np.split(made.fit_transform(points), np.cumsum([len(cloud) for cloud in clouds])[:-1])
+  perplexity = min(30.0, (len(points) - 1) / 3)
+  made = manifold.TSNE(dims, perplexity=perplexity, init="pca", random_state=0)
+  # one thread: the same bits on any machine, and no threads that wait for each other on a busy one
+  with threadpoolctl.threadpool_limits(1):
+    flat = made.fit_transform(points)
+  return np.split(flat, np.cumsum([len(cloud) for cloud in clouds])[:-1])
 
 
 # How representations become points of a plane: [N, D] each -> [N, 2] each.
