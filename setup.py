@@ -11,6 +11,7 @@ LICENSE = "Apache-2.0"
 # Lower bounds are versions that were tried.
 REQUIRES = [
   "absl-py>=2.1",
+  "altair>=6.0",
   "chex>=0.1.90",
   "flax>=0.12",
   "importlib_resources>=6.4",  # tensorflow-datasets imports it without requiring it
@@ -35,6 +36,7 @@ REQUIRES = [
   "array_record>=0.8; platform_system == 'Linux'",
   "tokenizers>=0.21",
   "tqdm>=4.66",
+  "vl-convert-python>=1.9",
 ]
 TUNE = ["optuna>=5.0", "psycopg[binary]>=3.2"]
 
@@ -46,7 +48,10 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license=LICENSE,
   packages=setuptools.find_packages(include=["mmjax*", "experiments*", "data_prep*"]),
-  package_data={"mmjax": ["py.typed"]},
+  package_data={
+    "mmjax": ["py.typed"],
+    "experiments.report": ["*.css", "*.csv", "*.js"],
+  },
   python_requires=">=3.11",
   install_requires=REQUIRES,
   extras_require={

@@ -178,11 +178,12 @@ class Asked:
       evaluate.parse_rates(self._value["shown"], mask=rated.factory(variant.config))
       self._check_feature(runs.run(variant, self.seeds[0]), variant)
     runs.train("processes", self._engine)
-    results = page.Results([], {}, {}, {})
+    results = page.Results([], {}, {}, {}, {})
     for one in runs.evaluate(self.conditions, self.mask_seeds, swapped=True):
       results.rows.extend(one.rows)
       results.seconds[one.variant.name] = one.seconds
       if one.seed == self.seeds[0]:
+        results.tested[one.variant.name] = one.predictions
         self._draw(results, one, rated)
     dataset, config = runs.dataset(variants[0]), variants[0].config
     tested, told = self.conditions(config), protocols.describe(self.protocol, self._asked, config)
@@ -191,6 +192,7 @@ class Asked:
       results,
       np.asarray(dataset.test.label),
       dataset.spec,
+      dataset.ids["test"],
       self.out,
       self._words(binary, config, told),
       dataset=self.dataset,
