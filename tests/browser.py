@@ -1,6 +1,7 @@
 """Headless Chromium over its debugging pipe: what a page does, loads and complains about."""
 
 import base64
+import fcntl
 import json
 import os
 import pathlib
@@ -32,21 +33,17 @@ class Browser:
     self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     there, self._send = os.pipe()
     self._receive, back = os.pipe()
-    # Chromium reads commands from descriptor 3 and writes answers to 4
+    # Chromium reads commands from descriptor 3 and writes answers to 4; no number is in the way
+    given = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (there, back)]
     self._process = subprocess.Popen(
-      ["sh", "-c", f'exec "$@" 3<&{there} 4>&{back}', "sh", command, *self._flags()],
-      pass_fds=(there, back),
+      ["bash", "-c", f'exec "$@" 3<&{given[0]} 4>&{given[1]}', "bash", command, *self._flags()],
+      pass_fds=given,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
-    os.close(there)
-    os.close(back)
+    for number in (there, back, *given):
+      os.close(number)
     self._number, self._rest, self._session = 0, b"", None
-    target = self._call("Target.createTarget", url="about:blank")["targetId"]
-    attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
-    self._session = attached["sessionId"]
-    for domain in ("Page", "Network", "Log", "Runtime"):
-      self._call(f"{domain}.enable")
 
   def _flags(self) -> list[str]:
     own = f"--user-data-dir={self._folder.name}"
@@ -54,6 +51,15 @@ class Browser:
     return ["--headless", "--no-sandbox", "--remote-debugging-pipe", own, *quiet]  # root's
 
   def __enter__(self):
+    try:
+      target = self._call("Target.createTarget", url="about:blank")["targetId"]
+      attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
+      self._session = attached["sessionId"]
+      for domain in ("Page", "Network", "Log", "Runtime"):
+        self._call(f"{domain}.enable")
+    except BaseException:
+      self.__exit__()
+      raise
     return self
 
   def __exit__(self, *_):

@@ -38,7 +38,7 @@ def test_the_looks_of_24_systems_share_no_two_parts_and_the_legend_covers_no_dat
   table = tables.summarize(rows, ("model", "at"))
   for draw in (plots.curves, plots.dots):
     drawn = draw(table, ["mae", "corr"], "", x="at", x_label="rate", lines="model")
-    drawn.canvas.draw()
+    drawn.draw_without_rendering()
     (legend,) = drawn.legends
     assert len(legend.texts) == 24
     box = legend.get_window_extent()

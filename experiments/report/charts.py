@@ -17,7 +17,7 @@ import pandas as pd
 from mmjax import metrics, plots
 
 HEIGHT = 250
-POINTS = 150  # of a cloud, so that pages of many systems stay small
+POINTS = 8000  # of all clouds, so that pages of many systems stay small
 
 Spec = dict[str, Any]
 
@@ -29,7 +29,7 @@ def library() -> str:
   import vl_convert
 
   version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
-  return vl_convert.javascript_bundle(vl_version=version)
+  return vl_convert.javascript_bundle(None, version)
 
 
 def curves(table: pd.DataFrame, metric: str, lines: Sequence[str], *, x: str, x_label: str) -> Spec:
@@ -51,7 +51,7 @@ def curves(table: pd.DataFrame, metric: str, lines: Sequence[str], *, x: str, x_
   base = _marks(lines).encode(
     x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False, padding=10)), y=_height(metric)
   )
-  many = table["model"].nunique() > plots.BANDS
+  many = len(set(table["model"])) > plots.BANDS
   shade = alt.when(near, empty=False).then(alt.value(0.18)).otherwise(alt.value(0.0))
   lit = alt.when(near).then(alt.value(1.0)).otherwise(alt.value(0.2))
   layers = (
@@ -95,7 +95,7 @@ def clouds(
   """Points in a plane, coloured by condition, of the model that the signal "chosen" names.
 
   Args:
-    named: model -> {condition: [N, 2]}; evenly picked ones are drawn.
+    named: model -> {condition: [N, 2]}; `drawn` of the N, evenly picked, are drawn.
     ids, label: N names and labels.
 
   Returns:
@@ -104,7 +104,7 @@ def clouds(
   import altair as alt
 
   rows, conditions = [], list(next(iter(named.values())))
-  picked = np.unique(np.linspace(0, len(ids) - 1, POINTS).astype(int)).tolist()
+  picked = np.unique(np.linspace(0, len(ids) - 1, drawn(named)).astype(int)).tolist()
   for model, found in named.items():
     every = np.concatenate(list(found.values()))
     low, span = every.min(0), np.maximum(np.ptp(every, 0), 1e-12)
@@ -135,6 +135,11 @@ def clouds(
     )
   )
   return _configure(chart.properties(height=360)).to_dict()
+
+
+def drawn(named: Mapping[str, Mapping[str, np.ndarray]]) -> int:
+  """How many points of a cloud are drawn at most."""
+  return min(150, POINTS // sum(len(found) for found in named.values()))
 
 
 def _scale(names: Sequence[str], part: str) -> Any:
@@ -193,8 +198,10 @@ def arrow(metric: str) -> str:
 
 def _values(table: pd.DataFrame, metric: str, x: str) -> list[dict[str, Any]]:
   rows = []
-  for row in table[table[metric].notna()].to_dict("records"):
+  for row in table.to_dict("records"):
     mean, std = row[metric], row[f"{metric}_std"]
+    if mean != mean:
+      continue
     told = f"{mean:.3f} ± {std:.3f}" if row["n"] > 1 else f"{mean:.3f}"
     at = {"model": row["model"], "x": row[x], "n": row["n"], "told": told}
     ends = {"y": mean, "low": mean - std, "high": mean + std}

@@ -12,7 +12,7 @@ from mmjax import metrics, types
 # model -> (kind, condition) -> predictions [N, ...] under the first test masks
 Predictions = Mapping[str, Mapping[tuple[str, str], np.ndarray]]
 
-CELLS = 120_000  # answers that a page holds: it stays below 3 MB
+CELLS = 60_000  # answers that a page holds: it stays below 3 MB
 
 
 def answers(values: np.ndarray, spec: types.Spec) -> np.ndarray:

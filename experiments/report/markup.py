@@ -40,7 +40,11 @@ def heading(column: str) -> tuple[str, str, str]:
     return text(f"{prefix} {found.title}"), "", glossary.TERMS["p"]
   word = {"min": "lower", "max": "higher"}[found.better]
   arrow = f'<span class="way" role="img" aria-label="{word} is better">{charts.arrow(name)}</span>'
-  return f"{text(f'{prefix} {found.title}'.strip())} {arrow}", found.better, glossary.metric(name)
+  return (
+    f"{text(f'{prefix} {found.title}'.strip())}&nbsp;{arrow}",
+    found.better,
+    glossary.metric(name),
+  )
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -60,7 +64,7 @@ def p_value(value: float) -> str:
 
 
 def table(
-  frame: pd.DataFrame,
+  frame: Any,
   caption: str,
   *,
   better: Mapping[str, str] | None = None,
@@ -82,8 +86,8 @@ def table(
     HTML.
   """
   names = [name for name in frame if not (name.endswith("_std") and name[:-4] in frame)]
-  beside = set(beside)
-  own = frame[~frame["model"].isin(beside)] if "model" in frame else frame
+  beside = list(beside)
+  own: Any = frame[~frame["model"].isin(beside)] if "model" in frame else frame
   names = [name for name in names if name != "n" or own["n"].nunique() > 1]
   told = {name: heading(str(name)) for name in names}
   ways = {name: (better or {}).get(name, told[name][1]) for name in names}

@@ -155,7 +155,7 @@ def _compared(table: pd.DataFrame, shown: Sequence[str]) -> document.Section:
   """The comparison, one metric at a time."""
   cases, every = [], metrics.ordered(dict.fromkeys(table["metric"]))
   every = [*shown, *(name for name in every if name not in shown)]
-  fixed = table[table["selection"] == constant.SELECTION]["method"].unique()
+  fixed = list(table["method"][table["selection"] == constant.SELECTION])
   for name in every:
     part: Any = table[table["metric"] == name]
     part = pd.DataFrame(

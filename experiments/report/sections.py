@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import averages, charts, constant, flips, markup, predictions, summary
+from experiments.report import (
+  averages,
+  charts,
+  constant,
+  flips,
+  markup,
+  papers,
+  predictions,
+  summary,
+)
 from experiments.report.document import Section
 from mmjax import metrics, types
 
@@ -51,7 +60,10 @@ def make_summary(
   found = summary.leaders(rows, kinds, shown)
   leaders = "".join(f"<li>{text}</li>" for text in summary.sentences(found, kinds))
   warned = "".join(f"<li>{markup.text(w)}</li>" for w in summary.cautions(rows, kinds, shown[0]))
-  told = found.assign(data=found["data"].map(kinds), metric=found["metric"].map(charts.heading))
+  told = found.assign(
+    data=[kinds[kind] for kind in found["data"]],
+    metric=[charts.heading(name) for name in found["metric"]],
+  )
   titles = {
     "data": "mean over",
     "mean": "value",
@@ -102,7 +114,7 @@ def make_kind(
   part: Any = table[table["kind"] == kind]
   numbers = ~part["condition"].str.contains("-") & (kind != "missing")
   every, names, beside = part["condition"].unique(), _lines(rows), _constants(rows)
-  word = title[0].lower() + title[1:]
+  word = summary.spoken(title)
   figures = []
   for name in shown if len(every) > 1 else ():
     if kind == "missing":
@@ -149,7 +161,7 @@ def _conditions(part, kind, word, shown, beside) -> str:
 
 def make_paper(
   rows: Sequence[dict],
-  paper: pd.DataFrame,
+  paper: Any,
   layout: Sequence[tuple[str, str, str]],
   beside: pd.DataFrame,
 ) -> Section:
@@ -170,6 +182,11 @@ def make_paper(
     keys = [*((kind, "average") for kind in kinds), *keys]
     printed = set(paper["condition"])
     layout = [(_column(*key), *key) for key in keys if "=".join(key) in printed]
+    # of further systems those whose values are printed by condition, and not a mean alone
+    counts = paper.groupby("method")["condition"].nunique()
+    known = {papers.plain(row["model"]) for row in rows}
+    kept = [name for name in counts.index if counts[name] > 1 or papers.plain(name) in known]
+    paper = paper[paper["method"].isin(kept)]
   names = [n for n in averages.metric_names(rows) if n in set(paper["metric"])]
   cases = []
   for name in names:
@@ -178,9 +195,10 @@ def make_paper(
     caption = f"{charts.heading(name)}: ours, ± over training seeds, and as printed"
     body = markup.table(table, caption, better=better, beside=_constants(rows))
     cases.append(markup.case("paper-metric", name, body, name == names[0]))
+  noted: Any = beside[beside["note"] != ""]
   notes = "".join(
     f"<li>{markup.text('{model}, {condition}, {metric}: {note}'.format(**row))}</li>"
-    for row in beside[beside["note"] != ""].to_dict("records")
+    for row in noted.to_dict("records")
   )
   if notes:
     notes = f"<details><summary>Corrected or withdrawn</summary><ul>{notes}</ul></details>"
@@ -262,7 +280,18 @@ def make_predictions(
     drawn = f'<div class="matrices">{drawn}</div>'
     cases.append(markup.case("confusion", model, drawn, not number))
   picks = markup.choice("Confusion matrices of", "confusion", list(found))
-  lazy = markup.table(laziness, "Laziness: do predictions collapse?")
+  lines: dict[str, dict] = {}
+  for row in laziness.to_dict("records"):
+    at = f" at {row['condition']}" if row["condition"] else ""
+    line = lines.setdefault(row["model"], {"model": row["model"]})
+    line |= {f"{name}{at}": row[name] for name in ("largest share", "entropy")}
+  own = [line for model, line in lines.items() if model != "labels"]
+  told = lines["labels"]
+  caption = (
+    f"Laziness: do predictions collapse? Of the labels, the largest share is"
+    f" {markup.number(told['largest share'])} and the entropy {markup.number(told['entropy'])}."
+  )
+  lazy = markup.table(pd.DataFrame(own), caption)
   return Section("predictions", "What is predicted", picks + "".join(cases) + lazy)
 
 
@@ -288,7 +317,8 @@ def make_view(
   names = predictions.class_names(spec) if spec.num_classes else []
   told = [names[value] if names else f"{value:.2f}" for value in np.asarray(label).ravel()]
   alt = f"Scatter plot of one system's representations at several missing rates: {how}."
-  few = f", {charts.POINTS} of {len(ids)} utterances" if len(ids) > charts.POINTS else ""
+  few = f", {charts.drawn(points)} of {len(ids)} utterances"
+  few = few if charts.drawn(points) < len(ids) else ""
   drawn = markup.figure(charts.clouds(points, ids, told), alt, f"First training seed{few}")
   title = f"Representations, {how}"
   return Section("view", title, markup.choice("System", "chosen", list(points)) + drawn)

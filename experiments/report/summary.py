@@ -1,6 +1,7 @@
 """Who leads, by how much, and how sure that is."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ def leaders(rows: Sequence[dict], kinds: Mapping[str, str], shown: Sequence[str]
   own = [row for row in rows if row["selection"] != constant.SELECTION]
   found = []
   for kind in kinds:
-    runs = pd.DataFrame(averages.run_averages(own, kind))
+    runs: Any = pd.DataFrame(averages.run_averages(own, kind))
     fixed = [r for r in rows if r["selection"] == constant.SELECTION and r["kind"] == kind]
     for metric in (name for name in shown if name in runs):
       means = runs.groupby("model", sort=False)[metric].mean().dropna()
@@ -34,7 +35,7 @@ def leaders(rows: Sequence[dict], kinds: Mapping[str, str], shown: Sequence[str]
         continue
       ranked = means.sort_values(ascending=metrics.info(metric).better == "min", kind="stable")
       first, *others = ranked.index
-      against = tables.against(
+      against: Any = tables.against(
         runs[["model", "seed", metric]].to_dict("records"), by="model", baseline=first
       ).set_index("model")
       row = {
@@ -54,6 +55,11 @@ def leaders(rows: Sequence[dict], kinds: Mapping[str, str], shown: Sequence[str]
   return pd.DataFrame(found)
 
 
+def spoken(title: str) -> str:
+  """A title within a sentence."""
+  return title[:1].lower() + title[1:]
+
+
 def sentences(table: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
   """In HTML, for each kind of missing data, who leads in its first metric."""
   found = []
@@ -61,7 +67,7 @@ def sentences(table: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
     title = metrics.info(row["metric"]).title
     std = f" ± {markup.number(row['mean_std'])}" if row["n"] > 1 else ""
     value = f"{title} {markup.number(row['mean'])}{std}"
-    where = markup.text(kinds[row["data"]])
+    where = markup.text(spoken(kinds[row["data"]]))
     if not row["next"]:
       found.append(f"<b>{markup.text(row['leader'])}</b> on {where}: {value}.")
       continue
@@ -81,7 +87,7 @@ def sentences(table: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
 def cautions(rows: Sequence[dict], kinds: Mapping[str, str], metric: str) -> list[str]:
   """What a reader of the numbers must know."""
   found = []
-  own = pd.DataFrame([row for row in rows if row["selection"] != constant.SELECTION])
+  own: Any = pd.DataFrame([row for row in rows if row["selection"] != constant.SELECTION])
   if own["selection"].str.contains("test/").any():
     found.append("TEST ORACLE: epochs were picked on the test split. No number is an estimate.")
   runs = own.groupby("model")["seed"].nunique()
@@ -90,11 +96,7 @@ def cautions(rows: Sequence[dict], kinds: Mapping[str, str], metric: str) -> lis
       f"Systems have {runs.min()} training run{'s' if runs.min() > 1 else ''} each at least:"
       f" below {FEW}, p-values and standard deviations say little."
     )
-  for name in (
-    own.groupby("model", sort=False)[metric]
-    .apply(lambda v: v.isna().any())
-    .pipe(lambda s: s[s].index)
-  ):
+  for name in own["model"][own[metric].isna()].unique():
     found.append(f"{name} has runs that diverged: their metrics are missing.")
   lower = metrics.info(metric).better == "min"
   for kind, title in kinds.items():
@@ -105,6 +107,6 @@ def cautions(rows: Sequence[dict], kinds: Mapping[str, str], metric: str) -> lis
       if len(worse):
         found.append(
           f"No better in {metrics.info(metric).title} than the constant answer"
-          f" ({fixed[0]['model']}) on {title}: {', '.join(worse.index)}."
+          f" ({fixed[0]['model']}) on {spoken(title)}: {', '.join(worse.index)}."
         )
   return found
