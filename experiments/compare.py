@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from experiments import build, cli, engines, processes, settings, study
-from experiments.report import constant, methods, page, rates
 from mmjax import data, evaluate, masking, meta, types
+
+from . import build, cli, engines, processes, settings, study
+from .report import constant, methods, page, rates
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from experiments import workdir
-from experiments.report import charts, glossary, markup
+from .. import workdir
+from . import charts, glossary, markup
 
 FOLDER = pathlib.Path(__file__).parent
 # The browser itself refuses what is not in the file; Vega makes functions of its expressions.

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import predictions
 from mmjax import metrics, types
+
+from . import predictions
 
 # model -> (kind, condition) -> predictions [N, ...] under the first test masks
 Predictions = Mapping[str, Mapping[tuple[str, str], np.ndarray]]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import charts, glossary
 from mmjax import metrics, plots, types
+
+from . import charts, glossary
 
 SIGNIFICANT = 0.05
 TITLES = {"model": "system"}

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import (
+from mmjax import metrics, tables, types
+
+from . import (
   averages,
   charts,
   constant,
@@ -19,7 +21,6 @@ from experiments.report import (
   rates,
   sections,
 )
-from mmjax import metrics, tables, types
 
 PAPER = pathlib.Path(__file__).with_name("paper_m3s.csv")
 

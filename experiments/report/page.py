@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments import protocols
-from experiments.report import averages, document, flips, predictions, rates, sections
 from mmjax import metrics, plots, tables, types
+
+from .. import protocols
+from . import averages, document, flips, predictions, rates, sections
 
 
 class Results(NamedTuple):

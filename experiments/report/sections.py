@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import (
+from mmjax import metrics, types
+
+from . import (
   averages,
   charts,
   constant,
@@ -16,8 +18,7 @@ from experiments.report import (
   predictions,
   summary,
 )
-from experiments.report.document import Section
-from mmjax import metrics, types
+from .document import Section
 
 
 def _constants(rows: Sequence[dict]) -> list[str]:

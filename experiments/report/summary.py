@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report import averages, constant, markup
 from mmjax import metrics, tables
+
+from . import averages, constant, markup
 
 FEW = 5  # runs, below which a p-value says little
 
