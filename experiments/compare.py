@@ -41,13 +41,7 @@ _TEST_RATE = flags.DEFINE_multi_string(
 )
 _SEEDS = flags.DEFINE_string("seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
 _MASK_SEEDS = flags.DEFINE_string("mask_seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
-_SCHEDULE = flags.DEFINE_enum(
-  "schedule",
-  "auto",
-  study.SCHEDULES,
-  "All seeds of a method as one program, or a process per run; auto: together on accelerators.",
-  flag_values=_FLAGS,
-)
+study.define_schedule(_FLAGS)
 engines.define(_FLAGS)
 
 FEW = 5  # runs, below which a p-value says little
@@ -102,7 +96,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_SCHEDULE.value, engine)
+  runs.train(_FLAGS["schedule"].value, engine)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
   for variant in {variant.columns["missing_rate"]: variant for variant in variants}.values():
     same = constant.rows(runs.dataset(variant), conditions(variant.config), column="method")
