@@ -118,7 +118,9 @@ def write(
     name = "differences" if kind == "rate" else f"differences_{kind}"
     add(title, name, averages.differences(rows, baseline, kind))
   for kind, title in kinds.items():
-    add(title, kind, table[table["kind"] == kind].drop(columns="kind"))
+    found: Any = table[table["kind"] == kind].drop(columns="kind")
+    told = "missing" if kind == "missing" else quantity  # what a number in this column is
+    add(title, kind, found.rename(columns={"condition": told}))
   if paper is not None:
     beside: Any = averages.beside_paper(rows, paper)
     beside = beside[beside["paper"].notna() | (beside["note"] != "")]
