@@ -2,8 +2,9 @@
 
 import os
 
-from data_prep import unpickle
 from mmjax import check
+
+from . import unpickle
 
 
 def read(path: str | os.PathLike, dataset: str) -> check.Checked:

@@ -14,8 +14,9 @@ import sys
 
 from absl import app, flags
 
-from data_prep import builder, card, check
 from mmjax import data
+
+from . import builder, card, check
 
 
 def convert(

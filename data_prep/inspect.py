@@ -7,8 +7,9 @@ import sys
 
 from absl import app, flags
 
-from data_prep import card
 from mmjax import data
+
+from . import card
 
 
 def main(argv):

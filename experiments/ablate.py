@@ -16,8 +16,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, protocol, settings
 from mmjax import types
+
+from . import cli, protocol, settings
 
 _FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(

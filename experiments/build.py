@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import optax
 
-from experiments import settings, workdir
 from mmjax import (
   conversations,
   data,
@@ -24,6 +23,8 @@ from mmjax import (
   train,
   types,
 )
+
+from . import settings, workdir
 
 Config = settings.Config
 Path = str | os.PathLike

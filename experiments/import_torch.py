@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, settings, workdir
 from mmjax import checkpoint, models, torch_import, train
+
+from . import build, cli, settings, workdir
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)

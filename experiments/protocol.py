@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, engines, processes, protocols, settings, study
-from experiments.configs import common
-from experiments.report import constant, page, predictions
 from mmjax import data, evaluate, masking, registry, types
+
+from . import build, cli, engines, processes, protocols, settings, study
+from .configs import common
+from .report import constant, page, predictions
 
 SELECTIONS = ("validation", "test_oracle")
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from experiments import build, settings
-from experiments.report import papers
 from mmjax import evaluate, masking, types
+
+from . import build, settings
+from .report import papers
 
 MISSING = ("l", "a", "v", "la", "lv", "av")
 Mask = Callable[..., types.MaskFn]

@@ -17,8 +17,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import build, interrupts, loop, processes, settings, workdir
 from mmjax import data, evaluate, metrics, train, types
+
+from . import build, interrupts, loop, processes, settings, workdir
 
 SCHEDULES = ("auto", "together", "processes")
 # the test conditions of a config; they hang on its mask alone

@@ -14,8 +14,9 @@ import sys
 import jax
 from absl import flags
 
-from experiments import build, child, cli, interrupts, loop, settings, workdir
 from mmjax import checkpoint, train, types
+
+from . import build, child, cli, interrupts, loop, settings, workdir
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import tensorboardX
 
-from experiments import settings
 from mmjax import checkpoint, train, types
+
+from . import settings
 
 FORMAT = 2
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

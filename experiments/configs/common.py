@@ -17,7 +17,7 @@ ABLATIONS = {
     "w/o language": {"mask.drop": ("text",)},
     "w/o audio": {"mask.drop": ("audio",)},
     "w/o vision": {"mask.drop": ("vision",)},
-  }
+  },
 }
 
 

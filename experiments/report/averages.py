@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import papers
 from mmjax import metrics, tables
+
+from . import papers
 
 KEYS = ("model", "split", "selection", "kind", "condition", "seed", "mask_seed")
 

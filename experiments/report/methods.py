@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report import papers
 from mmjax import tables
+
+from . import papers
 
 PAPER = pathlib.Path(__file__).with_name("paper_m3s.csv")
 
