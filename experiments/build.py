@@ -124,8 +124,7 @@ def test_mask(
     raise types.UsageError(
       f"mask {given['name']!r} takes no rate, and cannot be tested at several: name another one."
     )
-  if other is None:
-    _mask(dict(given), True)  # what it refuses is told before any work
+  _mask({"rate": 0.0, **given}, True)  # what it refuses is told before any work
 
   def mask(rate):
     return _mask({**given, "rate": rate}, True)

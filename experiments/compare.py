@@ -45,13 +45,7 @@ _TEST_RATE = flags.DEFINE_multi_string(
 )
 _SEEDS = flags.DEFINE_string("seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
 _MASK_SEEDS = flags.DEFINE_string("mask_seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
-_SCHEDULE = flags.DEFINE_enum(
-  "schedule",
-  "auto",
-  study.SCHEDULES,
-  "All seeds of a method as one program, or a process per run; auto: together on accelerators.",
-  flag_values=_FLAGS,
-)
+study.define_schedule(_FLAGS)
 engines.define(_FLAGS)
 
 FEW = 5  # runs, below which a p-value says little
@@ -122,7 +116,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_SCHEDULE.value, engine)
+  runs.train(_FLAGS["schedule"].value, engine)
   rows, predictions = [], {}
   names = rates.line_names(pd.DataFrame([variant.columns for variant in variants]))
   named = dict(zip([variant.folder for variant in variants], names, strict=True))

@@ -69,6 +69,7 @@ def define(flag_values: flags.FlagValues) -> None:
     "Config entry of all variants, train.epochs=9, or of a model's, lnln/train.epochs=9;"
     " --config.train.epochs=9 is the same.",
   )
+  study.define_schedule(flag_values)
   engines.define(flag_values)
 
 
@@ -178,7 +179,7 @@ class Asked:
     for variant in variants:
       evaluate.parse_rates(self._value["shown"], mask=rated.factory(variant.config))
       self._check_feature(runs.run(variant, self.seeds[0]), variant)
-    runs.train("processes", self._engine)
+    runs.train(self._value["schedule"], self._engine)
     results = page.Results([], {}, {}, {}, {})
     for one in runs.evaluate(self.conditions, self.mask_seeds, swapped=True):
       results.rows.extend(one.rows)

@@ -65,7 +65,7 @@ class Protocol:
     seeds, mask_seeds: of trainings, and of test masks; as the flags write them.
     shown: rates whose predictions and representations are drawn.
     metrics: what is shown first, where the data have it; by default the headline metrics.
-    paper: a config -> the paper's values, see `papers.read`.
+    paper: a config -> the paper's values, see `papers.read`; None where we have none.
     layout: columns of tables as the paper prints them, one for each of `metrics`.
     view: how representations are drawn, see `predictions.VIEWS`.
   """

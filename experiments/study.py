@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
+from absl import flags
 
 from mmjax import data, evaluate, metrics, train, types
 
@@ -23,6 +24,17 @@ from . import build, interrupts, loop, processes, settings, workdir
 SCHEDULES = ("auto", "together", "processes")
 # the test conditions of a config; they hang on its mask alone
 Conditions = Callable[[settings.Config], list[evaluate.Condition]]
+
+
+def define_schedule(flag_values: flags.FlagValues) -> None:
+  """Defines the flag of a binary that trains by `Study.train`."""
+  flags.DEFINE_enum(
+    "schedule",
+    "auto",
+    SCHEDULES,
+    "All seeds of a line as one program, or a process per run; auto: together on accelerators.",
+    flag_values=flag_values,
+  )
 
 
 class Variant(NamedTuple):

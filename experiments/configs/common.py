@@ -9,13 +9,15 @@ import ml_collections
 # Datasets whose labels are classes; every other one is regression.
 CLASSIFICATION = ("iemocap",)
 BERT = dict(folder="")  # of a BERT's files, where config.data.text is "tokens"
-# Sets of changes that `experiments.ablate` can make to every model (LNLN's Table 6).
+# Sets of changes that `experiments.ablate` can make to every model: LNLN's Table 6, and the method
+# under a protocol that has another.
 ABLATIONS = {
+  "m3s": {"in M³S": {"method.name": "m3s"}},
   "modalities": {
     "w/o language": {"mask.drop": ("text",)},
     "w/o audio": {"mask.drop": ("audio",)},
     "w/o vision": {"mask.drop": ("vision",)},
-  }
+  },
 }
 
 

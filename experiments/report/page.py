@@ -117,7 +117,9 @@ def write(
     if baseline is not None:
       against = averages.differences(rows, baseline, kind)
       save("differences" if kind == "rate" else f"differences_{kind}", against)
-    save(kind, table[table["kind"] == kind].drop(columns="kind"))
+    found: Any = table[table["kind"] == kind].drop(columns="kind")
+    told = "missing" if kind == "missing" else quantity  # what a number in this column is
+    save(kind, found.rename(columns={"condition": told}))
     args = (table, rows, kind, title, shown, quantity, average, against, baseline)
     parts.append(sections.make_kind(*args))
   if "missing" in kinds:
