@@ -125,7 +125,7 @@ def write_page(
   frame = frame.assign(model=rates.line_names(frame))
   asked = frame[frame["condition"].isin(conditions)].assign(kind="interval")
   frame = pd.concat([asked, frame[~frame["condition"].str.contains("-")]], ignore_index=True)
-  names = metrics.ordered(set(frame.columns) & {*metrics.METRICS, *metrics.names(spec)})
+  names = [name for name in metrics.names(spec) if name in frame]
   frame = frame[[*averages.KEYS, *names]]
   long = frame.to_dict("records")
   table = tables.summarize(long, ("model", "split", "selection", "kind", "condition"))
