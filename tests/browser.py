@@ -109,7 +109,7 @@ class Browser:
     self._call("Emulation.setEmulatedMedia", features=[scheme])
     self._call("Page.navigate", url=path.resolve().as_uri())
     self.wait(
-      "document.readyState === 'complete' && !document.querySelector('.chart:not(:has(svg))')"
+      "document.readyState === 'complete' && !document.querySelector('.chart:not([data-drawn])')"
     )
 
   def wait(self, condition: str, seconds: float = 10.0) -> None:

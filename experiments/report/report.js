@@ -43,7 +43,10 @@ const tell = (signal, value) => {
 };
 for (const place of all(".chart")) {
   const options = { renderer: "svg", actions: false, tooltip: { disableDefaultStyle: true } };
-  vegaEmbed(place, read(place.parentElement), options).then(({ view }) => views.push(view));
+  vegaEmbed(place, read(place.parentElement), options).then(({ view }) => {
+    views.push(view);
+    place.dataset.drawn = "";
+  });
 }
 for (const box of all("[data-line]")) {
   box.addEventListener("change", () => {
