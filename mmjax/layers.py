@@ -4,7 +4,6 @@ Sequences are [B, L, D] with `valid` [B, L], True on the real steps, which come 
 Every module is a linen module; dropout is on where a "dropout" key is given to `apply`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,8 +49,27 @@ class Dense(nn.Module):
     return y
 
 
-# nn.LayerNorm over the last axis, biased variance.
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+def wide(x: Array) -> Array:
+  """In float32 at least: what sums and statistics of halves are taken in."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class LayerNorm(nn.Module):
+  """nn.LayerNorm over the last axis, biased variance. linen's own mixes dtypes for halves."""
+
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    row = (*(1,) * (x.ndim - 1), -1)
+    given, x, scale, bias = x.dtype, wide(x), wide(scale).reshape(row), wide(bias).reshape(row)
+    mean = x.mean(-1)
+    variance = jax.lax.square(x - jnp.expand_dims(mean, -1)).mean(-1)
+    y = x - jnp.expand_dims(mean, -1)
+    factor = jax.lax.rsqrt(jnp.expand_dims(variance, -1) + self.epsilon)
+    return (y * (factor * scale) + bias).astype(given)
 
 
 class Dropout(nn.Module):
@@ -102,7 +120,8 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     chex.assert_rank(x, 2)
-    rows, width = x.shape
+    (rows, width), given = x.shape, x.dtype
+    x = wide(x)
     mean = self.variable("batch_stats", "mean", jnp.zeros, width)
     var = self.variable("batch_stats", "var", jnp.ones, width)
     now, spread = mean.value, var.value
@@ -113,8 +132,8 @@ class BatchNorm(nn.Module):
         var.value += self.momentum * (spread * rows / max(rows - 1, 1) - var.value)
     scale = self.param("scale", nn.initializers.ones, (width,))
     bias = self.param("bias", nn.initializers.zeros, (width,))
-    now, spread, scale, bias = (a[None] for a in (now, spread, scale, bias))
-    return (x - now) / jnp.sqrt(spread + self.epsilon) * scale + bias
+    now, spread, scale, bias = (a[None] for a in (now, spread, wide(scale), wide(bias)))
+    return ((x - now) / jnp.sqrt(spread + self.epsilon) * scale + bias).astype(given)
 
 
 class LSTM(nn.Module):
@@ -219,6 +238,34 @@ class BiGRU(nn.Module):
     return x
 
 
+def attend(query: Array, key: Array, value: Array, bias: Array, drop: Callable) -> Array:
+  """drop(softmax(q kᵀ / √c + bias)) v of each head, the softmax in float32.
+
+  Not `jax.nn.dot_product_attention`, which drops no weights.
+
+  Args:
+    query: [B, N, L, c].
+    key, value: [B, N, M, c].
+    bias: broadcasts against [B, N, L, M].
+    drop: dropout of the weights.
+
+  Returns:
+    [B, L, N · c].
+  """
+  logits = wide(jnp.einsum("bnlc,bnmc->bnlm", query, key)) / math.sqrt(query.shape[-1]) + bias
+  weights = drop(jax.nn.softmax(logits, axis=-1)).astype(value.dtype)
+  y = jnp.einsum("bnlm,bnmc->bnlc", weights, value).swapaxes(1, 2)
+  return y.reshape(*y.shape[:2], -1)
+
+
+def attention_bias(allowed: Array) -> Array:
+  """What is added to the logits of `attend`: 0 where a query may attend, else almost -∞.
+
+  Not -inf: a row that may attend to nothing, as a row of padding, must not become NaN.
+  """
+  return jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)
+
+
 class MultiHeadAttention(nn.Module):
   """nn.MultiheadAttention with its fused input projection (kernel [D, 3D]: q, k, v).
 
@@ -270,13 +317,9 @@ class MultiHeadAttention(nn.Module):
       allowed = allowed & valid[:, None, None, :]
     if mask is not None:
       allowed = allowed & mask[None, None]
-    # not -inf: a row that may attend to nothing, as a row of padding, must not become NaN
-    logit_bias = jnp.where(allowed, 0.0, jnp.finfo(query.dtype).min)
+    bias = attention_bias(allowed)
     q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
-    logits = jnp.einsum("bnlc,bnmc->bnlm", q, k) / math.sqrt(q.shape[-1]) + logit_bias
-    weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
-    y = jnp.einsum("bnlm,bnmc->bnlc", weights, v)
-    y = y.swapaxes(1, 2).reshape(*query.shape)
+    y = attend(q, k, v, bias, Dropout(self.dropout))
     out_init = self.out_init or uniform(1 / math.sqrt(width))
     out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
@@ -341,8 +384,9 @@ def prediction(scores: Array) -> Array:
 
 def mean_over_steps(x: Array, valid: Array) -> Array:
   """[B, L, D] -> [B, D]: the sum of the valid steps over their number (0 if there is none)."""
-  weight = valid.astype(x.dtype)
-  return jnp.einsum("bl,bld->bd", weight, x) / jnp.maximum(weight.sum(1, keepdims=True), 1)
+  weight = wide(valid.astype(x.dtype))  # a half does not count beyond 256
+  total = wide(jnp.einsum("bl,bld->bd", weight.astype(x.dtype), x))
+  return (total / jnp.maximum(weight.sum(1, keepdims=True), 1)).astype(x.dtype)
 
 
 POOLINGS = ("first", "mean")
