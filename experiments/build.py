@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from experiments import settings, workdir
-from mmjax import data, evaluate, masking, metrics, optim, registry, stream, train, types
+from mmjax import data, evaluate, masking, metrics, optim, registry, stream, systems, train, types
 
 Config = settings.Config
 Path = str | os.PathLike
@@ -65,9 +65,10 @@ def _call(section: str, name: str, factory: Callable[..., Any], /, *args, **give
 
 
 def make_system(config: Config) -> types.System:
-  """The model that `config.model` names."""
+  """The model that `config.model` names, in the precision of `config.train`."""
   given = settings.plain(config.model)
-  return _call("model", given.pop("name"), settings.factory(config, "model"), **given)
+  made = _call("model", given.pop("name"), settings.factory(config, "model"), **given)
+  return systems.in_precision(made, config.train.get("precision", systems.PRECISIONS[0]))
 
 
 def make_mask(config: Config) -> types.MaskFn:

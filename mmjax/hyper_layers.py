@@ -21,7 +21,9 @@ def attend(query: Array, key: Array, value: Array, heads: int) -> Array:
   def split(x):
     return x.reshape(*x.shape[:2], heads, -1)
 
-  y = jax.nn.dot_product_attention(split(query), split(key), split(value))
+  q, k, v = split(query), split(key), split(value)
+  logits = jnp.einsum("bnhc,bmhc->bhnm", q, k) * q.shape[-1] ** -0.5
+  y = jnp.einsum("bhnm,bmhc->bnhc", layers.softmax(logits, v.dtype), v)
   return y.reshape(query.shape)
 
 

@@ -50,8 +50,8 @@ class Dense(nn.Module):
 
 
 def wide(x: Array) -> Array:
-  """In float32 at least: what sums and statistics of halves are taken in."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  """Halves in float32, in which their sums and statistics are taken; all else as it is."""
+  return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 
 
 class LayerNorm(nn.Module):
@@ -238,10 +238,16 @@ class BiGRU(nn.Module):
     return x
 
 
+def softmax(logits: Array, dtype: Any) -> Array:
+  """Over the last axis, computed in float32 at least, in that dtype: weights for a product."""
+  return jax.nn.softmax(wide(logits), axis=-1).astype(dtype)
+
+
 def attend(query: Array, key: Array, value: Array, bias: Array, drop: Callable) -> Array:
   """drop(softmax(q kᵀ / √c + bias)) v of each head, the softmax in float32.
 
-  Not `jax.nn.dot_product_attention`, which drops no weights.
+  Not `jax.nn.dot_product_attention`, here and elsewhere: it drops no weights; and the gradients of
+  halves multiply float32 by bfloat16, which strict promotion of dtypes refuses (jax 0.10.2).
 
   Args:
     query: [B, N, L, c].
@@ -253,7 +259,7 @@ def attend(query: Array, key: Array, value: Array, bias: Array, drop: Callable) 
     [B, L, N · c].
   """
   logits = wide(jnp.einsum("bnlc,bnmc->bnlm", query, key)) / math.sqrt(query.shape[-1]) + bias
-  weights = drop(jax.nn.softmax(logits, axis=-1)).astype(value.dtype)
+  weights = drop(softmax(logits, value.dtype))
   y = jnp.einsum("bnlm,bnmc->bnlc", weights, value).swapaxes(1, 2)
   return y.reshape(*y.shape[:2], -1)
 

@@ -40,8 +40,10 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import registry, types
+from mmjax import layers, registry, types
 
+# What networks compute in, see `in_precision`.
+PRECISIONS = ("float32", "bfloat16")
 # Attributes of a network that are no settings: the first is the data's, the others are linen's.
 _NOT_SETTINGS = ("num_outputs", "parent", "name")
 
@@ -101,7 +103,8 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
 
   Returns:
     The functions. Where the network has a BERT, `init` refuses text that it cannot read, and puts
-    the weights of its folder in.
+    the weights of its folder in. `apply` computes in the dtype of the parameters that it is given,
+    into which it casts the features; what it returns is in float32 at least.
   """
   takes_train = "train" in inspect.signature(type(network).__call__).parameters
 
@@ -122,14 +125,49 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
     return _with_weights(params, encoder), variables
 
   def apply(params, batch, extra, key=None, train=False):
-    module = network.clone(num_outputs=_num_outputs(params, head))
+    bias = _bias(params, head)
+    module = network.clone(num_outputs=bias.shape[-1])
+    batch = batch._replace(**{m: _cast(getattr(batch, m), bias.dtype) for m in types.MODALITIES})
     variables = {"params": params} | {name: extra[name] for name in collections}
     rngs = None if key is None else {"dropout": key}
     mutable = list(collections) if train else []
     out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **told(train))
-    return out, {**extra, **changed}
+    return jax.tree.map(layers.wide, out), {**extra, **changed}
 
   return Model(init, apply)
+
+
+def in_precision(system: types.System, precision: str) -> types.System:
+  """The same system, whose networks compute in a precision of `PRECISIONS`.
+
+  Matrix products and activations are of that precision; statistics inside of layers, what a loss
+  computes of the network's outputs, parameters, gradients and optimizer stay in float32. A step
+  that moves parameters by less than bfloat16's 2⁻⁹ of themselves, as the inner steps of M³S with a
+  small rate do, is hardly seen by the loss at its end, though by the parameters.
+
+  Args:
+    system: of networks by `functional` or `supervised`; others get rounded parameters alone.
+    precision: of `PRECISIONS`.
+
+  Returns:
+    The system.
+
+  Raises:
+    UsageError: on an unknown precision.
+  """
+  if precision not in PRECISIONS:
+    hint = registry.nearest(precision, PRECISIONS)
+    raise types.UsageError(
+      f"precision is {precision!r}{hint}; expected one of {', '.join(PRECISIONS)}."
+    )
+  if precision == "float32":
+    return system
+
+  def at(function):
+    return lambda params, *args: function(_cast(params, jnp.bfloat16), *args)
+
+  phases = tuple(phase._replace(loss=at(phase.loss)) for phase in system.phases)
+  return system._replace(predict=at(system.predict), phases=phases)
 
 
 def supervised(
@@ -231,9 +269,16 @@ def _freeze(setting: Any) -> Any:
   return flax.core.freeze(dict(setting)) if isinstance(setting, Mapping) else setting
 
 
-def _num_outputs(params: types.Params, head: str) -> int:
+def _bias(params: types.Params, head: str) -> types.Array:
   layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
-  return layer["bias"].shape[-1]
+  return layer["bias"]
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+  """The floats of a tree in another dtype."""
+  return jax.tree.map(
+    lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+  )
 
 
 def _with_weights(params: types.Params, encoder: bert_lib.Setup | None) -> types.Params:
