@@ -132,10 +132,15 @@ def _loss_of(mode):
 def _theta0(z, mode, case, dtype):
   params = _params(z, dtype)
   mask = _given_mask(mode, lambda key: 0)
+
+  @jax.jit  # X1 and X2 may have as many rows: then one program
+  def everything(params, masked):
+    found = _forward(params, masked, mode)
+    return found, jax.value_and_grad(_loss_of(mode), has_aux=True)(params, masked, None, {})
+
   for name in ("X1", "X2"):
     masked = mask(jax.random.key(0), _batch(z, mode, name, 0, dtype))
-    prediction, before, after = _forward(params, masked, mode)
-    (value, _), grads = jax.value_and_grad(_loss_of(mode), has_aux=True)(params, masked, None, {})
+    (prediction, before, after), ((value, _), grads) = everything(params, masked)
     yield f"{name}/pred", prediction
     yield f"{name}/encoded_concat_before_mask", before
     yield f"{name}/encoded_concat_after_mask", after
