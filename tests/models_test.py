@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from mmjax import masking, models, optim, recurrence, torch_import, types
+import jaxprs
+from mmjax import masking, models, optim, recurrence, systems, torch_import, types
 from mmjax.models import dmd
 
 BERT = dict(
@@ -324,6 +325,30 @@ def test_losses_and_gradients_are_finite(case):
     touched = jax.tree.map(lambda t, g: t | np.any(g), touched, jax.device_get(grads))
     extra = aux.extra
   assert np.mean(jax.tree.leaves(touched)) > 0.7
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in SETTINGS],
+)
+def test_in_bfloat16_products_are_halves_and_the_loss_is_the_same(name):
+  case = make_case(name, "regression")
+  half = systems.in_precision(case.system, "bfloat16")
+
+  def network(params):
+    return half.predict(params, case.batch, case.extra)["prediction"].sum()
+
+  traced = jax.make_jaxpr(jax.grad(network))(case.params)
+  products = jaxprs.named(traced.jaxpr, "dot_general")
+  assert {v.aval.dtype for product in products for v in product.invars} == {jnp.dtype("bfloat16")}
+  assert len(products) > 10
+  args, phase = (case.params, case.batch, make_key(0), case.extra), half.phases[-1]
+  (expected, their_aux), grads = case.gradients[phase.name](*args)
+  value, aux = jax.jit(phase.loss)(*args)
+  np.testing.assert_allclose(value, expected, rtol=0.01)
+  gradient = jax.eval_shape(jax.grad(phase.loss, has_aux=True), *args)
+  kinds = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
+  assert kinds((aux, gradient)) == kinds((their_aux, (grads, their_aux)))
 
 
 def test_extra_keeps_its_structure(case):

@@ -29,13 +29,16 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks import cases
-from mmjax import meta, models, recurrence, types
+from mmjax import meta, models, recurrence, systems, types
 
 _TARGETS = flags.DEFINE_list("target", ["h100", "v5e"], "What to compile for.")
 _SYSTEMS = flags.DEFINE_list("systems", sorted(models.MODELS), "Which systems.")
 _SETTINGS = flags.DEFINE_list("settings", ["aligned"], "aligned, unaligned, bert (a BERT-base).")
 _ORDERS = flags.DEFINE_list("orders", list(meta.ORDERS), "first, second.")
 _STEPS = flags.DEFINE_list("k", ["1"], "Numbers of inner steps.")
+_PRECISION = flags.DEFINE_enum(
+  "precision", "float32", systems.PRECISIONS, "What networks compute in."
+)
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
 ROWS = 32
@@ -245,7 +248,7 @@ def compile_for(target: str, function: Callable, *args: Any) -> tuple[Any, float
 
 
 def training_step(
-  system: str, setting: cases.Setting, order: str, k: int
+  system: str, setting: cases.Setting, order: str, k: int, precision: str = "float32"
 ) -> tuple[Callable, tuple]:
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
@@ -254,7 +257,7 @@ def training_step(
   batch = cases.make_batch(setting, 2 * setting.rows)
   text, *others = (types.ModalitySpec(*shape) for shape in setting.shapes)
   spec = types.Spec(text._replace(tokens=setting.tokens), *others, num_train=2 * setting.rows)
-  made = models.MODELS[system]()
+  made = systems.in_precision(models.MODELS[system](), precision)
   phase = made.phases[-1]
   params, extra = jax.eval_shape(lambda key: made.init(key, spec), jax.random.key(0))
 
@@ -273,11 +276,13 @@ def training_step(
   return jax.value_and_grad(iteration, has_aux=True), jax.eval_shape(lambda *a: a, *args)
 
 
-def measure(target: str, system: str, setting: str, order: str, k: int) -> dict[str, Any]:
+def measure(
+  target: str, system: str, setting: str, order: str, k: int, precision: str
+) -> dict[str, Any]:
   """One row. What does not compile says why in "error"."""
-  row = dict(target=target, system=system, setting=setting, order=order, k=k)
+  row = dict(target=target, system=system, setting=setting, order=order, k=k, precision=precision)
   try:
-    function, args = training_step(system, SETTINGS[setting], order, k)
+    function, args = training_step(system, SETTINGS[setting], order, k, precision)
     compiled, seconds = compile_for(target, function, *args)
   except MissingCompiler:
     raise
@@ -312,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
   for target in _TARGETS.value:
     find_compiler(target)
   todo = [
-    (target, system, setting, order, int(k))
+    (target, system, setting, order, int(k), _PRECISION.value)
     for target in _TARGETS.value
     for setting in _SETTINGS.value
     for system in _SYSTEMS.value
