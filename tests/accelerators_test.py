@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import accelerators
-from mmjax import recurrence
+import models_test
+from experiments.benchmarks import accelerators, cases
+from mmjax import models, recurrence
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -79,13 +80,27 @@ def shapes(steps, seeds=()):
   )
 
 
-@pytest.mark.parametrize("target", accelerators.TARGETS)
-def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
+@pytest.fixture(params=accelerators.TARGETS)
+def target(request):
   try:
-    accelerators.find_compiler(target)
+    accelerators.find_compiler(request.param)
   except accelerators.MissingCompiler as error:
     pytest.skip(str(error))
+  return request.param
 
+
+@pytest.mark.parametrize("name", ["lmf", "self_mm"])
+def test_a_systems_training_step_compiles_without_loops(target, name):
+  system = models.MODELS[name](**models_test.SETTINGS[name])
+  setting = cases.Setting(((6, 5), (9, 3), (8, 4)), 4)
+  step = accelerators.training_step(system, setting, "first", 1)
+  compiled, _ = accelerators.compile_for(target, step[0], *step[1])
+  found = accelerators.count_launches(compiled.as_text())
+  assert found.loop_iterations == found.conditionals == found.unknown == 0
+  assert 50 < found.kernels < 400
+
+
+def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
   def compiled(function, *args):
     text = accelerators.compile_for(target, function, *args)[0].as_text()
     kernels = sum("lstm_" in line and " custom-call(" in line for line in text.splitlines())

@@ -178,14 +178,16 @@ def test_seeds_add_no_kernels_to_a_training_step():
   batch = jax.tree.map(lambda a: a[:4], models_test.make_batch(spec))
   loss = meta.m3s(system.loss, masking.span(0.3), order="first")
 
-  def step(key, batch):
-    params, extra = system.init(key, spec)
+  def step(key, start, batch):
+    params, extra = start
     return jax.grad(loss, has_aux=True)(params, batch, key, extra)
 
   keys = jax.random.split(jax.random.key(0), 3)
+  starts = jax.eval_shape(jax.vmap(lambda key: system.init(key, spec)), keys)
   with recurrence.portable():
-    one = jax.make_jaxpr(step)(keys[0], batch)
-    three = jax.make_jaxpr(jax.vmap(step, (0, None)))(keys, batch)
+    start = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), starts)
+    one = jax.make_jaxpr(step)(keys[0], start, batch)
+    three = jax.make_jaxpr(jax.vmap(step, (0, 0, None)))(keys, starts, batch)
   kernels = jaxprs.named(one.jaxpr, "pallas_call")
   assert len(kernels) == 16  # two passes, forth and back, of two LSTMs, for two kinds of devices
   for name in ("pallas_call", "dot_general", "while", "cond"):

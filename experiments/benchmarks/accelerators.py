@@ -248,7 +248,7 @@ def compile_for(target: str, function: Callable, *args: Any) -> tuple[Any, float
 
 
 def training_step(
-  system: str, setting: cases.Setting, order: str, k: int, precision: str = "float32"
+  system: types.System, setting: cases.Setting, order: str, k: int
 ) -> tuple[Callable, tuple]:
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
@@ -257,9 +257,8 @@ def training_step(
   batch = cases.make_batch(setting, 2 * setting.rows)
   text, *others = (types.ModalitySpec(*shape) for shape in setting.shapes)
   spec = types.Spec(text._replace(tokens=setting.tokens), *others, num_train=2 * setting.rows)
-  made = systems.in_precision(models.MODELS[system](), precision)
-  phase = made.phases[-1]
-  params, extra = jax.eval_shape(lambda key: made.init(key, spec), jax.random.key(0))
+  phase = system.phases[-1]
+  params, extra = jax.eval_shape(lambda key: system.init(key, spec), jax.random.key(0))
 
   def loss(params, batch, key, extra):
     return phase.loss(params, batch, None, extra)
@@ -282,7 +281,8 @@ def measure(
   """One row. What does not compile says why in "error"."""
   row = dict(target=target, system=system, setting=setting, order=order, k=k, precision=precision)
   try:
-    function, args = training_step(system, SETTINGS[setting], order, k, precision)
+    made = systems.in_precision(models.MODELS[system](), precision)
+    function, args = training_step(made, SETTINGS[setting], order, k)
     compiled, seconds = compile_for(target, function, *args)
   except MissingCompiler:
     raise
