@@ -11,7 +11,20 @@ import numpy as np
 import optax
 
 from experiments import settings, workdir
-from mmjax import data, evaluate, masking, metrics, optim, registry, stream, systems, train, types
+from mmjax import (
+  conversations,
+  data,
+  evaluate,
+  masking,
+  metrics,
+  optim,
+  registry,
+  sources,
+  stream,
+  systems,
+  train,
+  types,
+)
 
 Config = settings.Config
 Path = str | os.PathLike
@@ -23,7 +36,7 @@ class Run(NamedTuple):
 
   Attributes:
     config: what it was made of.
-    dataset: the data.
+    dataset: the data, grouped if the system reads conversations.
     recipe: how to train.
     evaluators: split -> `(params, extra) -> metrics` on it, called after each epoch.
     key: the run's key.
@@ -198,10 +211,13 @@ def make_run(config: Config, dataset: data.Dataset) -> Run:
   """
   settings.check(config)
   system, train_settings = make_system(config), config.train
+  if system.conversations:
+    dataset = conversations.group(dataset)
+  rows = sources.as_source(dataset.train).rows
   recipe = train.Recipe(
     system=system,
     method=make_method(config),
-    optimizers=make_optimizers(config, system, dataset.spec.num_train),
+    optimizers=make_optimizers(config, system, rows),
     batch_size=train_settings.batch_size,
     epochs=train_settings.epochs,
     select=select(config, dataset.spec),

@@ -27,6 +27,7 @@ from mmjax.types import (
 if TYPE_CHECKING:
   from mmjax import (
     checkpoint,
+    conversations,
     data,
     evaluate,
     losses,
@@ -47,6 +48,7 @@ __version__ = "0.2.0"
 
 _MODULES = (
   "checkpoint",
+  "conversations",
   "data",
   "evaluate",
   "losses",

@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
       trained.
     optimizers: of each phase, by its name. Those that read `value`, `grad` or `value_fn` in
       their update get them.
-    batch_size: B, samples of one draw.
+    batch_size: B, samples of one draw; conversations, where the split is grouped in them.
     epochs: number of epochs; each passes every draw's permutation of the data once.
     select: "split/metric" names, each of which keeps the parameters of its own best epoch; the
       first one drives the patience and plateau schedules. `metrics.METRICS` tells in which
@@ -222,11 +222,7 @@ def start(
   _check_recipe(recipe, source)
   better = [_direction(name) for name in recipe.select]
   state = create(recipe, spec, key)
-  rows = min(recipe.batch_size, source.rows) * recipe.method.draws
-  batch = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype)),
-    source.example,
-  )
+  batch = source.shapes(min(recipe.batch_size, source.rows) * recipe.method.draws)
   sums = {}
   for phase in recipe.system.phases:
     _, metrics = jax.eval_shape(make_step(recipe, phase), state, batch, key)
@@ -488,10 +484,10 @@ def _finish_epoch(recipe, progress, evaluated, rows, batch_size) -> EpochReport:
   candidate = epoch >= _first_candidate(recipe)
   for name in recipe.select:
     score, sign = _score(evaluated, name), _direction(name)
-    if candidate and sign * score > sign * float(best[name].score):  # a NaN is never better
+    if candidate and sign * score > sign * best[name].score:  # a NaN is never better
       # copies: the next step consumes the state's buffers
       now = _copy((progress.state.params, progress.state.extra))
-      best[name] = Best(np.float32(score), np.int32(epoch), *now)
+      best[name] = Best(score, np.int32(epoch), *now)
       improved.append(name)
   first = recipe.select[0]
   seen = np.float32(_direction(first) * _score(evaluated, first))
@@ -505,9 +501,10 @@ def _finish_epoch(recipe, progress, evaluated, rows, batch_size) -> EpochReport:
   return EpochReport(epoch, means, evaluated, tuple(improved), progress)
 
 
-def _score(evaluated, name) -> float:
+def _score(evaluated, name) -> np.float32:
+  """In the precision in which the best one is kept: an equal score is no better one."""
   split, _, metric = name.partition("/")
-  return float(evaluated[split][metric])
+  return np.float32(evaluated[split][metric])
 
 
 def _phase_steps(phase: types.Phase, epoch: int, rows: int, batch_size: int) -> int:
