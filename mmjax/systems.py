@@ -28,6 +28,7 @@ else. So a whole model of your own is
 and `make(size=8, scale=2.0)` the system; in a config it is "my_package.my_module:make".
 """
 
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -44,6 +45,7 @@ from mmjax import layers, registry, types
 
 # What networks compute in, see `in_precision`.
 PRECISIONS = ("float32", "bfloat16")
+_DTYPE = contextvars.ContextVar("mmjax_network_dtype", default=None)
 # Attributes of a network that are no settings: the first is the data's, the others are linen's.
 _NOT_SETTINGS = ("num_outputs", "parent", "name")
 
@@ -104,8 +106,8 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
 
   Returns:
     The functions. Where the network has a BERT, `init` refuses text that it cannot read, and puts
-    the weights of its folder in. `apply` computes in the dtype of the parameters that it is given,
-    into which it casts the features; what it returns is in float32 at least.
+    the weights of its folder in. Within `in_precision`, `apply` casts parameters and features, and
+    what it returns to float32.
   """
   takes_train = "train" in inspect.signature(type(network).__call__).parameters
 
@@ -126,15 +128,18 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
     return _with_weights(params, encoder), variables
 
   def apply(params, batch, extra, key=None, train=False, **inputs):
-    bias = _bias(params, head)
-    module = network.clone(num_outputs=bias.shape[-1])
-    batch = batch._replace(**{m: _cast(getattr(batch, m), bias.dtype) for m in types.MODALITIES})
+    module = network.clone(num_outputs=_num_outputs(params, head))
+    if dtype := _DTYPE.get():
+      params = _cast(params, dtype)
+      batch = batch._replace(**{m: _cast(getattr(batch, m), dtype) for m in types.MODALITIES})
     variables = {"params": params} | {name: extra[name] for name in collections}
     rngs = None if key is None else {"dropout": key}
     mutable = list(collections) if train else []
     inputs |= told(train)
     out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **inputs)
-    return jax.tree.map(layers.wide, out), {**extra, **changed}
+    if dtype:
+      out = jax.tree.map(layers.wide, out)
+    return out, {**extra, **changed}
 
   return Model(init, apply)
 
@@ -145,10 +150,10 @@ def in_precision(system: types.System, precision: str) -> types.System:
   Matrix products and activations are of that precision; statistics inside of layers, what a loss
   computes of the network's outputs, parameters, gradients and optimizer stay in float32. A step
   that moves parameters by less than bfloat16's 2⁻⁹ of themselves, as the inner steps of M³S with a
-  small rate do, is hardly seen by the loss at its end, though by the parameters.
+  small rate do, is kept by the parameters, though the network hardly sees it.
 
   Args:
-    system: of networks by `functional` or `supervised`; others get rounded parameters alone.
+    system: of networks by `functional` or `supervised`, which it acts on.
     precision: of `PRECISIONS`.
 
   Returns:
@@ -166,7 +171,15 @@ def in_precision(system: types.System, precision: str) -> types.System:
     return system
 
   def at(function):
-    return lambda params, *args: function(_cast(params, jnp.bfloat16), *args)
+    @functools.wraps(function)
+    def run(*args):
+      token = _DTYPE.set(jnp.dtype(precision))
+      try:
+        return function(*args)
+      finally:
+        _DTYPE.reset(token)
+
+    return run
 
   phases = tuple(phase._replace(loss=at(phase.loss)) for phase in system.phases)
   return system._replace(predict=at(system.predict), phases=phases)
@@ -271,9 +284,9 @@ def _freeze(setting: Any) -> Any:
   return flax.core.freeze(dict(setting)) if isinstance(setting, Mapping) else setting
 
 
-def _bias(params: types.Params, head: str) -> types.Array:
+def _num_outputs(params: types.Params, head: str) -> int:
   layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
-  return layer["bias"]
+  return layer["bias"].shape[-1]
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
