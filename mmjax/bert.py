@@ -92,7 +92,7 @@ class _Block(nn.Module):
 
     def heads(name):
       y = nn.Dense(width, kernel_init=init, name=name)(x)
-      return y.reshape(*y.shape[:2], config.num_attention_heads, -1).swapaxes(1, 2)
+      return y.reshape(*y.shape[:2], config.num_attention_heads, -1)
 
     q, k, v = heads("query"), heads("key"), heads("value")
     y = layers.attend(q, k, v, bias, layers.Dropout(config.attention_probs_dropout_prob))

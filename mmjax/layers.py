@@ -77,6 +77,11 @@ class Dropout(nn.Module):
 
   rate: float
 
+  @property
+  def acts(self) -> bool:
+    """Whether it drops anything here."""
+    return self.rate > 0 and self.has_rng("dropout")
+
   @nn.compact
   def __call__(self, x: Array) -> Array:
     return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
@@ -247,29 +252,38 @@ class BiGRU(nn.Module):
     return x
 
 
-def softmax(logits: Array, dtype: Any) -> Array:
-  """Over the last axis, computed in float32 at least, in that dtype: weights for a product."""
-  return jax.nn.softmax(wide(logits), axis=-1).astype(dtype)
+def attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  bias: Array | None = None,
+  drop: Dropout | None = None,
+  scale: float | None = None,
+) -> Array:
+  """drop(softmax(scale · q kᵀ + bias)) v of each head, the softmax in float32 at least.
 
-
-def attend(query: Array, key: Array, value: Array, bias: Array, drop: Callable) -> Array:
-  """drop(softmax(q kᵀ / √c + bias)) v of each head, the softmax in float32.
-
-  Not `jax.nn.dot_product_attention`, here and elsewhere: it drops no weights; and the gradients of
-  halves multiply float32 by bfloat16, which strict promotion of dtypes refuses (jax 0.10.2).
+  By `jax.nn.dot_product_attention` where it computes the same: in float32, nothing being dropped.
+  It drops no weights; the gradients of its halves are products of float32 by bfloat16; and of
+  float64 it takes the softmax in float32.
 
   Args:
-    query: [B, N, L, c].
-    key, value: [B, N, M, c].
+    query: [B, L, N, c], N heads.
+    key, value: [B, M, N, c].
     bias: broadcasts against [B, N, L, M].
     drop: dropout of the weights.
+    scale: 1 / √c by default.
 
   Returns:
     [B, L, N · c].
   """
-  logits = wide(jnp.einsum("bnlc,bnmc->bnlm", query, key)) / math.sqrt(query.shape[-1]) + bias
-  weights = drop(softmax(logits, value.dtype))
-  y = jnp.einsum("bnlm,bnmc->bnlc", weights, value).swapaxes(1, 2)
+  if query.dtype == jnp.float32 and not (drop and drop.acts):
+    y = jax.nn.dot_product_attention(query, key, value, bias, scale=scale)
+  else:
+    q, k, v = (a.swapaxes(1, 2) for a in (query, key, value))
+    logits = wide(jnp.einsum("bnlc,bnmc->bnlm", q, k))
+    logits = logits / math.sqrt(q.shape[-1]) if scale is None else scale * logits
+    weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bnlm,bnmc->bnlc", drop(weights) if drop else weights, v).swapaxes(1, 2)
   return y.reshape(*y.shape[:2], -1)
 
 
@@ -325,7 +339,7 @@ class MultiHeadAttention(nn.Module):
 
     def heads(x, n):
       x = x @ kernels[n] + _last(biases[n], 3)
-      return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+      return x.reshape(*x.shape[:2], self.heads, -1)
 
     allowed = jnp.ones((1, 1, 1, 1), bool)
     if valid is not None:
