@@ -12,6 +12,7 @@ import pytest
 
 from command import ROOT, call, final, refused, start
 from experiments import workdir
+from mmjax import runs
 
 EPOCHS = 12
 
@@ -124,7 +125,7 @@ def test_a_failed_start_leaves_nothing_and_what_has_not_begun_is_taken_over(fold
   workdir.Workdir(path, asked, "elsewhere").close()
   workdir.check(path, {"config": {"seed": 2}})  # nothing was trained there
   (path / "metrics.jsonl").write_text('{"epoch": 0}\n')
-  with pytest.raises(workdir.WorkdirError, match="config.seed: 1 there, 2 asked for"):
+  with pytest.raises(runs.RunError, match="config.seed: 1 there, 2 asked for"):
     workdir.check(path, {"config": {"seed": 2}})
 
 
@@ -138,7 +139,7 @@ def test_a_folder_of_the_old_format_is_refused(tmp_path):
 def test_one_training_at_a_time_in_a_folder(tmp_path):
   asked = {"seed": 0}
   first = workdir.Workdir(tmp_path, asked, "data")
-  with pytest.raises(workdir.WorkdirError, match="another process"):
+  with pytest.raises(runs.RunError, match="another process"):
     workdir.Workdir(tmp_path, asked, "data")
   first.close()
   workdir.Workdir(tmp_path, asked, "data").close()
