@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -74,7 +75,7 @@ class _Wandb:
     try:
       self._run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
-        id=_kept(story.path / "wandb.id", wandb.util.generate_id),
+        id=_kept(story.path / "wandb.id", lambda: secrets.token_hex(8)),
         name=story.path.name,
         dir=str(story.path),
         config=dict(story.config),

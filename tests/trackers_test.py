@@ -62,8 +62,20 @@ def track(name, path):
 
 
 def test_tensorboard_has_the_epochs(tmp_path):
-  track("tensorboard", tmp_path)
-  assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
+  from tensorboardX.proto import event_pb2
+
+  tracker = trackers.TRACKERS["tensorboard"](trackers.Story(tmp_path, CONFIG, 0, 0))
+  for epoch in range(3):
+    tracker.log(epoch, {"valid/mae": 2.0**-epoch})
+  tracker.close()
+  (file,) = (tmp_path / "tensorboard").glob("events*")
+  content, found = file.read_bytes(), []
+  while content:  # records: length, its checksum, an event, its checksum
+    size = int.from_bytes(content[:8], "little")
+    event = event_pb2.Event.FromString(content[12 : 12 + size])
+    found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    content = content[16 + size :]
+  assert found == [("valid/mae", epoch, 2.0**-epoch) for epoch in range(3)]
 
 
 def test_mlflow_has_each_epoch_once(tmp_path, monkeypatch):
