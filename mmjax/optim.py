@@ -290,10 +290,9 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _one(
-  settings: Mapping[str, Any], total_steps: int, differentiable: bool
+  settings: dict[str, Any], total_steps: int, differentiable: bool
 ) -> optax.GradientTransformation:
-  """The optimizer of one parameter group."""
-  settings = dict(settings)
+  """The optimizer of one parameter group; takes its settings apart."""
   name, decay = settings.pop("name"), settings.pop("weight_decay")
   clip_norm = settings.pop("clip_norm", None)
   make = registry.lookup("optimizer", OPTIMIZERS, name)

@@ -488,10 +488,10 @@ def _finish_epoch(recipe, progress, evaluated, rows, batch_size) -> EpochReport:
   candidate = epoch >= _first_candidate(recipe)
   for name in recipe.select:
     score, sign = _score(evaluated, name), _direction(name)
-    if candidate and sign * score > sign * float(best[name].score):  # a NaN is never better
+    if candidate and sign * score > sign * best[name].score:  # a NaN is never better
       # copies: the next step consumes the state's buffers
       now = _copy((progress.state.params, progress.state.extra))
-      best[name] = Best(np.float32(score), np.int32(epoch), *now)
+      best[name] = Best(score, np.int32(epoch), *now)
       improved.append(name)
   first = recipe.select[0]
   seen = np.float32(_direction(first) * _score(evaluated, first))
@@ -505,9 +505,10 @@ def _finish_epoch(recipe, progress, evaluated, rows, batch_size) -> EpochReport:
   return EpochReport(epoch, means, evaluated, tuple(improved), progress)
 
 
-def _score(evaluated, name) -> float:
+def _score(evaluated, name) -> np.float32:
+  """In the precision in which the best one is kept: an equal score is no better one."""
   split, _, metric = name.partition("/")
-  return float(evaluated[split][metric])
+  return np.float32(evaluated[split][metric])
 
 
 def _phase_steps(phase: types.Phase, epoch: int, rows: int, batch_size: int) -> int:

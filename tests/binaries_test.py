@@ -19,8 +19,7 @@ EPOCHS = 12
 
 def flags(folder, name, *more):
   return (
-    "--config=quickstart:tiny",
-    "--config.model.hidden_size=4",
+    f"--config={ROOT / 'tests' / 'toy_config.py'}:tiny",
     f"--config.train.epochs={EPOCHS}",
     "--config.train.batch_size=8",
     f"--data_dir={folder / 'data'}",

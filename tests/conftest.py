@@ -17,6 +17,13 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+# In the processes of tests and in this one alike: binaries would make a device of every core, which
+# changes the last bits of a training. And they find `toy`.
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+  filter(None, [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
+
 import pytest  # noqa: E402
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"

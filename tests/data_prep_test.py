@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -269,3 +270,16 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path):
   assert done.stderr == ""  # no bars, no chatter of TensorFlow's
   assert data.load(target, "any").spec.num_train == 2000
   assert [path.name for path in target.iterdir()] == ["any"]
+
+
+def test_rows_are_read_some_megabytes_at_a_time():
+  """512 rows, but fewer where they are large."""
+  sizes = []
+  for entries in (0, 10, 1 << 14, 1 << 20, 1 << 26):
+    feature = types.SimpleNamespace(shape=(entries,), np_dtype=np.float32)
+    builder = types.SimpleNamespace(
+      info=types.SimpleNamespace(features={"x": feature}, file_format="tfrecord"),
+      as_dataset=lambda split, batch_size, shuffle_files: sizes.append(batch_size) or {},
+    )
+    list(data._batches(builder, "train"))
+  assert sizes == [512, 512, 512, 8, 1]

@@ -1,4 +1,5 @@
 import copy
+import logging
 
 import numpy as np
 import pytest
@@ -19,6 +20,60 @@ def test_features_lengths_and_labels():
   assert dataset.spec.text == types.ModalitySpec(20, 32)
   assert dataset.spec.label_range == (-3.0, 3.0) and dataset.spec.num_classes == 0
   assert dataset.ids["test"] == list(ARRAYS["test"]["id"])
+  assert dataset.name == "mosi" and dataset.spec.num_train == 9
+  for batch, rows in zip(dataset[:3], (9, 4, 4), strict=True):
+    np.testing.assert_array_equal(batch.index, np.arange(rows))
+    kinds = [a.dtype for a in (batch.text.x, batch.vision.x, batch.label, batch.index)]
+    assert kinds == [np.float32] * 3 + [np.int32] and batch.info == {}
+
+
+def test_the_labels_of_all_splits_make_the_scale():
+  arrays = copy.deepcopy(ARRAYS)
+  arrays["valid"]["regression_labels"][0], arrays["test"]["regression_labels"][0] = -2.75, 2.875
+  arrays["test"]["classification_labels"][0] = 3
+  spec = data.from_arrays(arrays, name="any").spec
+  assert spec.label_range == (-2.75, 2.875) and type(spec.label_range[0]) is float
+  with pytest.warns(UserWarning, match="train/classification_labels: no sample has the class 3"):
+    spec = data.from_arrays(arrays, name="any", task="classification").spec
+  assert spec.num_classes == 4
+  given = data.from_arrays(arrays, name="any", label_range=(-3.5, 3.5)).spec
+  assert given.label_range == (-3.5, 3.5)
+
+
+def test_a_vocabulary_is_that_of_token_ids_whose_largest_is_known():
+  for text, largest, vocab in (
+    ("features", 7, 0),
+    ("tokens", 7, 8),
+    ("tokens", None, 0),
+  ):
+    train = data.from_arrays(ARRAYS, name="any", text=text).train
+    assert (
+      data.make_spec(train, train.label, "any", "regression", None, largest).text.vocab == vocab
+    )
+
+
+def test_a_channel_that_never_changes_is_not_divided():
+  mean, std = data.as_moments([1, 2], [0, 4])
+  assert (mean.tolist(), std.tolist(), std.dtype) == ([1, 2], [1, 4], np.float32)
+
+
+def test_the_newest_complete_version_is_read(tmp_path):
+  for version in ("1.0.0", "9.0.0", "10.0.0", "11.0.0", "tmp"):
+    (tmp_path / "any" / version).mkdir(parents=True)
+    for file in (data.CARD, "dataset_info.json")[: 1 if version == "11.0.0" else 2]:
+      (tmp_path / "any" / version / file).write_text(f'"{version}"')
+  assert data.dataset_folder(tmp_path, "any").name == "10.0.0"
+  assert data.read_card(tmp_path, "any") == "10.0.0"
+
+
+def test_what_tfds_chats_about_is_left_out_but_not_its_errors():
+  for path, level, kept in (
+    ("tensorflow_datasets/core.py", logging.WARNING, False),
+    ("tensorflow_datasets/core.py", logging.ERROR, True),
+    ("jax/core.py", logging.INFO, True),
+  ):
+    record = logging.LogRecord("absl", level, path, 1, "", (), None)
+    assert data._worth_reading(record) == kept
 
 
 def test_tokens_and_classes():
@@ -78,12 +133,14 @@ def test_a_modality_that_is_absent_is_not_standardized():
 def test_unimodal_labels_and_segments_go_into_info():
   arrays = copy.deepcopy(ARRAYS)
   for fields in arrays.values():
-    fields["regression_labels_A"] = np.arange(len(fields["id"]), dtype=np.float32) / 9
+    for n, letter in enumerate("TAV"):
+      fields[f"regression_labels_{letter}"] = np.arange(len(fields["id"]))[:, None] / (9 + n)
     fields["regression_labels"] = fields["regression_labels"] / 3
     fields["text_bert"][:, 2, 0] = 1
   info = data.from_arrays(arrays, name="sims", text="tokens").train.info
-  np.testing.assert_allclose(info["label_audio"], np.arange(9) / 9, rtol=1e-6)
-  assert info["segment_ids"].sum() == 9
+  for n, name in enumerate(types.MODALITIES):
+    np.testing.assert_allclose(info[f"label_{name}"], np.arange(9) / (9 + n), rtol=1e-6)
+  assert info["segment_ids"].sum() == 9 and info["segment_ids"].dtype == np.int32
 
 
 def test_padding_repeats_the_first_row():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +66,22 @@ def test_a_grid_is_traced_once():
   assert len(traces) == 1
 
 
+def test_batches_are_even_and_hold_rows_of_like_lengths():
+  """10 rows in batches of at most 6 are two batches of 5, the shorter rows and the longer."""
+  batches = []
+
+  def predict(params, batch, extra):
+    jax.debug.callback(lambda rows: batches.append(rows.tolist()), batch.index)
+    return toy.predict(params, batch, extra)
+
+  system = types.System(toy.init, predict, ())
+  evaluate.make_grid(system, SPLIT, CONDITIONS[:1], [0], batch_size=6)(PARAMS, EXTRA)
+  jax.effects_barrier()
+  lengths = sum(m.valid.sum(1) for m in SPLIT[:3])
+  order = np.argsort(lengths, kind="stable").tolist()
+  assert sorted(batches) == sorted([order[:5], order[5:]])
+
+
 def test_rows_carry_condition_seed_and_metrics(expected):
   rows = evaluate.robustness(toy.make_system(), PARAMS, EXTRA, SPLIT, toy.SPEC, CONDITIONS, [0, 1])
   assert [(r["condition"], r["mask_seed"]) for r in rows[:3]] == [("0", 0), ("0", 1), ("0.5", 0)]
@@ -82,20 +100,26 @@ def peek(params, batch, extra):
 PEEK = types.System(toy.init, peek, ())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(mask, settings, key, split):
+  return mask(**settings)(key, split)
+
+
 def masked_by_hand(mask, settings, seed, split=SPLIT):
   """The masks of a cell by their definition: the key folds the seed and all settings in."""
   key = jax.random.key(seed, impl="threefry2x32")
   for leaf in jax.tree.leaves(settings):
     for number in np.asarray(leaf, np.float32).ravel():
       key = jax.random.fold_in(key, int(round(1000 * float(number))))
-  return mask(**settings)(key, jax.tree.map(np.asarray, split))
+  return jax.tree.map(np.asarray, apply(mask, settings, key, split))
 
 
 def test_every_cell_reads_what_its_own_mask_leaves_and_nothing_else():
   """Of several families in any order; neither clean values nor another cell's masks get in."""
-  share = {"share": {"b": np.float64(0.7)}, "rate": np.float32([[0.5, 0.5]] * 3)}
+  share = {"share": {"b": np.float64(0.7), "n": np.int64(2)}, "rate": np.float32([[0.5, 0.5]] * 3)}
 
   def own(rate, share):
+    assert np.issubdtype(share["n"].dtype, np.integer)
     return masking.bernoulli(rate, complete_share=share["b"])
 
   conditions = [

@@ -83,6 +83,11 @@ def draw(mask, batch, seed=0):
   return mask(jax.random.key(seed), batch)
 
 
+def draw_once(mask, batch, seed=0):
+  """The same as one program, for shapes or precisions that no other test has."""
+  return jax.jit(mask)(jax.random.key(seed), batch)
+
+
 def seen_of(batch):
   return {name: np.asarray(getattr(batch, name).seen) for name in types.MODALITIES}
 
@@ -141,8 +146,22 @@ def test_span_length_in_float32_is_exact_for_tenths_and_at_most_one_short_for_hu
 def test_span_length_at_the_edge_follows_the_precision(x64, k):
   with jax.enable_x64(x64):
     batch = many(1, 100)
-    seen = draw(masking.span(0.29), batch).audio.seen
+    seen = draw_once(masking.span(0.29), batch).audio.seen
     assert (~seen).sum() == k  # 100 * 0.29 is 28.999… in float64, 29 in float32
+
+
+def test_the_rules_take_any_leading_axes():
+  lengths, step = np.array([[5, 1, 7], [3, 7, 2]]), np.arange(7)
+  valid = step < lengths[..., None]
+  u = np.float32(np.random.default_rng(0).uniform(size=valid.shape))
+  for at in (..., (0, 0)):
+    ends = masking.ends(valid[at])
+    last = lengths[at][..., None] - 1
+    np.testing.assert_array_equal(ends, (step == 0) | (step == last))
+    seen = masking.step_mask(u[at], np.float32(0.4), valid[at])
+    np.testing.assert_array_equal(seen, ~valid[at] | (u[at] > 0.4))
+    seen = masking.span_mask(lengths[at] - 1, np.full_like(lengths[at], 2), 7)
+    np.testing.assert_array_equal(seen, (step < last) | (step > last + 1))
 
 
 def test_span_start_stays_inside_when_u_rounds_to_one():
@@ -183,7 +202,7 @@ def test_rate_interval_is_drawn_uniformly_per_sample_and_modality():
   batch = many(2000, 500)
   rates = {
     name: missing_rate(seen)
-    for name, seen in seen_of(draw(masking.span((0.4, 0.6)), batch, 3)).items()
+    for name, seen in seen_of(draw_once(masking.span((0.4, 0.6)), batch, 3)).items()
   }
   for rate in rates.values():
     assert rate.min() >= 0.398 and rate.max() <= 0.6
@@ -215,6 +234,20 @@ def test_rate_zero_keeps_all_and_one_takes_all(make):
     assert seen.all(), name
   for name, seen in seen_of(draw(make(1.0), batch)).items():
     np.testing.assert_array_equal(seen[..., 0], ~np.asarray(getattr(batch, name).valid))
+
+
+@pytest.mark.parametrize("u", [np.float32(0), np.nextafter(np.float32(1), np.float32(0))])
+def test_rates_and_shares_hold_at_both_ends_of_a_draw(u, monkeypatch):
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape=(): jnp.full(shape, u))
+  batch = make_batch(tokens=False)
+  for mask, everything in (
+    (masking.bernoulli(0.0), False),
+    (masking.bernoulli(1.0), True),
+    (masking.bernoulli(1.0, complete_share=1.0), False),
+    (masking.span(1.0), True),
+  ):
+    gone = ~draw(mask, batch).audio.seen[..., 0]
+    np.testing.assert_array_equal(gone, batch.audio.valid & everything)
 
 
 def test_feature_axis_hides_the_same_channels_at_every_step():

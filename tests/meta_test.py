@@ -144,6 +144,28 @@ def test_an_optimizer_reads_the_value_and_its_derivative(mode):
   np.testing.assert_allclose(grads["theta"], expected, rtol=1e-5)
 
 
+def test_an_inner_loop_is_one_step_of_sgd_by_default():
+  """θ* = θ - α (θ - a), its derivative too; α is 1e-3, or the rates that are given."""
+  theta, a = 2.0, -1.0
+
+  def adapt(theta, **rates):
+    params = {"theta": theta}
+    adapted, losses = meta.adapt(
+      quadratic, no_mask, params, labelled(a, a), jax.random.key(0), {}, **rates
+    )
+    return adapted["theta"] + losses.sum(), losses  # the losses have no derivative
+
+  for rates, alpha in ({}, 1e-3), ({"inner_rates": {"theta": jnp.float32(0.2)}}, 0.2):
+    gradient = jax.value_and_grad(functools.partial(adapt, **rates), has_aux=True)
+    (value, losses), slope = gradient(jnp.float32(theta))
+    np.testing.assert_allclose(losses, [0.5 * (theta - a) ** 2])
+    np.testing.assert_allclose(value - losses[0], theta - alpha * (theta - a), rtol=1e-6)
+    np.testing.assert_allclose(slope, 1 - alpha, rtol=1e-6)
+  method = meta.METHODS["m3s"](no_mask).wrap(quadratic, jax.random.key(0), {})
+  found = method({"theta": jnp.float32(theta)}, labelled(a, a), jax.random.key(0), {})[0]
+  np.testing.assert_allclose(found, 0.5 * (0.999 * (theta - a)) ** 2, rtol=1e-5)
+
+
 def test_an_optimizer_searches_along_the_value_function():
   params = {"theta": jnp.float32(2.0)}
   search = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20))
@@ -344,10 +366,15 @@ def test_an_adam_that_is_differentiated_survives_zero_gradients():
     return value + 0.0 * params["idle"], aux
 
   params = {"theta": jnp.float32(1.0), "idle": jnp.float32(1.0)}
-  inner = optim.make(name="adam", learning_rate=0.1, differentiable=True)
-  outer = meta.m3s(loss, no_mask, inner_optimizer=inner, order="second")
+  adam = dict(name="adam", learning_rate=0.1)
+  outer = meta.METHODS["m3s"](no_mask, optimizer=adam, order="second").wrap(loss, None, {})
   grads = jax.grad(outer, has_aux=True)(params, labelled(0.0, 1.0), jax.random.key(0), {})[0]
   chex.assert_tree_all_finite(grads)
+  # one that is not differentiated is plain Adam, at small gradients too
+  plain = meta.m3s(quadratic, no_mask, inner_optimizer=optim.make(**adam))
+  ours = meta.METHODS["m3s"](no_mask, optimizer=adam).wrap(quadratic, None, {})
+  step = {"theta": jnp.float32(0.0)}, labelled(1e-8, 1.0), jax.random.key(0), {}
+  assert ours(*step)[0] == plain(*step)[0]
 
 
 def test_mixed_mode_is_exact_through_stopped_gradients_but_not_through_reversed_ones():
@@ -452,13 +479,10 @@ def test_support_and_query_are_masked_on_their_own(fresh):
   params = {"theta": jnp.float32(0)}
   support, _ = meta.split_support_query(batch)
   mask = masking.span(0.5)
-  _, losses = meta.adapt(
-    loss, mask, params, support, keys, {}, optimizer=optax.sgd(0.0), fresh_masks=fresh
-  )
+  still = dict(optimizer=optax.sgd(0.0), **({"fresh_masks": True} if fresh else {}))
+  _, losses = meta.adapt(loss, mask, params, support, keys, {}, **still)
   _, aux = meta.m3s(loss, mask, inner_steps=3, fresh_masks=fresh)(params, batch, key, {})
-  _, same = meta.adapt(
-    loss, mask, params, support, key, {}, inner_steps=3, fresh_masks=fresh, optimizer=optax.sgd(0.0)
-  )
+  _, same = meta.adapt(loss, mask, params, support, key, {}, inner_steps=3, **still)
   np.testing.assert_array_equal(losses, same)  # one key stands for those that are split from it
   assert (len(set(np.asarray(losses).tolist())) > 1) == fresh
   assert aux.metrics["mask"] not in np.asarray(losses)

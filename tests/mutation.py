@@ -1,12 +1,12 @@
 """Puts small faults into a module, one at a time, and tells which ones its tests do not notice.
 
-  python tests/mutation.py mmjax/losses.py --count=12 [--tests='tests/losses_test.py -k …']
+  python tests/mutation.py mmjax/losses.py … --count=12 [--tests='tests/losses_test.py -k …']
 
 A fault is one changed operator, comparison, number, condition, keyword, statement or call.
 Everything heavy is imported once; each fault then has a forked process, in which the module is
-compiled from a changed syntax tree: the files stay as they are. Docstrings, annotations, assertions
-and what stands in a `raise` are left alone. A survivor wants an assertion, unless it changes
-nothing that anybody could see.
+compiled from a changed syntax tree: the files stay as they are. The tests run up to the first that
+fails, the quick ones first. Docstrings, annotations, assertions and what stands in a `raise` are
+left alone. A survivor wants an assertion, unless it changes nothing that anybody could see.
 """
 
 import argparse
@@ -16,12 +16,14 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
 import pathlib
 import random
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import warnings
 
@@ -152,6 +154,9 @@ def faults(source: str):
   for parent, field, place, node in list(sites(tree)):
     for new in replacements(node):
       told = f"{_line(node)}  →  {_line(new)}"
+      if isinstance(node, ast.Call) and node.keywords:
+        (lost,) = set(node.keywords) - set(new.keywords)  # all else that changes a call has none
+        told = f"{_line(node.func)}(…)  without {lost.arg}"
       yield node.lineno, told, functools.partial(_changed, tree, parent, field, place, node, new)
 
 
@@ -191,7 +196,24 @@ class Changed(importlib.abc.MetaPathFinder):
     return importlib.util.spec_from_file_location(fullname, self.path, loader=loader)
 
 
-def run(tests, limit, finder=None):
+class QuickFirst:
+  """A plugin of pytest: writes down how long each test takes, and sorts them by what is known."""
+
+  def __init__(self, path, known):
+    self.path, self.known, self.took = path, known, {}
+
+  @pytest.hookimpl(trylast=True)
+  def pytest_collection_modifyitems(self, items):
+    items.sort(key=lambda item: self.known.get(item.nodeid, 0))
+
+  def pytest_runtest_logreport(self, report):
+    self.took[report.nodeid] = self.took.get(report.nodeid, 0) + report.duration
+
+  def pytest_sessionfinish(self):
+    self.path.write_text(json.dumps(self.took))
+
+
+def run(tests, limit, plugin, finder=None):
   """pytest's exit code in a forked process, and its seconds; None after `limit`."""
   began, child = time.monotonic(), os.fork()
   if not child:
@@ -201,7 +223,8 @@ def run(tests, limit, finder=None):
     os.setsid()
     if finder:
       sys.meta_path.insert(0, finder)
-    os._exit(int(pytest.main([*tests, "-x", "-n0", "-p", "no:cacheprovider"])))
+    args = [*tests, "-x", "-n0", "-p", "no:cacheprovider"]
+    os._exit(int(pytest.main(args, plugins=[plugin])))
   while time.monotonic() - began < limit:
     done, status = os.waitpid(child, os.WNOHANG)
     if done:
@@ -212,33 +235,43 @@ def run(tests, limit, finder=None):
   return None, limit
 
 
+def own_tests(path: pathlib.Path) -> str:
+  """The test file of a module, or of the package that it stands in."""
+  own = (f"tests/{name}_test.py" for name in (path.stem, path.parent.name))
+  return next(test for test in own if (ROOT / test).exists())
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("module", type=pathlib.Path)
-  parser.add_argument("--tests", help="pytest's arguments, by default the module's own test file")
+  parser.add_argument("modules", type=pathlib.Path, nargs="+")
+  parser.add_argument("--tests", help="pytest's arguments, by default the first's own test file")
   parser.add_argument("--count", type=int, default=12, help="how many faults, drawn at random")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--skip", type=int, default=0, help="leave out the first faults drawn")
   args = parser.parse_args()
-  path = args.module.resolve()
-  name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-  tests = shlex.split(args.tests or f"tests/{path.stem}_test.py")
+  paths = [path.resolve() for path in args.modules]
+  tests = shlex.split(args.tests or own_tests(paths[0]))
   warnings.simplefilter("ignore")  # forks: nothing runs here yet
   os.chdir(ROOT)
-  code, usual = run(tests, 3600)
-  if code:
-    sys.exit(f"error: the tests fail without any fault (exit code {code}).")
-  print(f"{name}: {usual:.0f} s without a fault", flush=True)
-  found = list(faults(path.read_text("utf-8")))
-  drawn = random.Random(args.seed).sample(found, min(args.count, len(found)))[args.skip :]
-  caught = 0
-  for line, told, change in drawn:
-    code, took = run(tests, 3 * usual + 60, Changed(name, path, change()))
-    caught += code != 0
-    print(f"{'caught' if code else 'LIVES'} {took:4.0f} s  {path.name}:{line}  {told}", flush=True)
-  print(f"{name}: {caught} of {len(drawn)} caught ({len(found)} possible)")
+  with tempfile.TemporaryDirectory() as folder:
+    took = pathlib.Path(folder) / "took.json"
+    code, usual = run(tests, 3600, QuickFirst(took, {}))
+    if code:
+      sys.exit(f"error: the tests fail without any fault (exit code {code}).")
+    plugin = QuickFirst(took, json.loads(took.read_text()))
+    print(f"{usual:.0f} s without a fault", flush=True)
+    found = [(path, *fault) for path in paths for fault in faults(path.read_text("utf-8"))]
+    drawn = random.Random(args.seed).sample(found, min(args.count, len(found)))[args.skip :]
+    caught = 0
+    for path, line, told, change in drawn:
+      name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+      code, seconds = run(tests, 2 * usual + 30, plugin, Changed(name, path, change()))
+      caught += code != 0
+      told = f"{seconds:4.0f} s  {path.relative_to(ROOT)}:{line}  {told}"
+      print(f"{'caught' if code else 'LIVES'} {told}", flush=True)
+  print(f"{caught} of {len(drawn)} caught ({len(found)} possible)")
 
 
 if __name__ == "__main__":

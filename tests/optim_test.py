@@ -38,11 +38,12 @@ def test_split_and_merge_are_inverse():
 
 def test_the_first_matching_group_decides():
   groups = (("^bert/", dict(learning_rate=0.1)), ("w$", dict(learning_rate=0.2)))
-  optimizer = optim.make(name="sgd", learning_rate=0.5, groups=groups)
-  found = updates(optimizer, ones())
-  np.testing.assert_allclose(found["bert"]["w"], -0.1, rtol=1e-6)
-  np.testing.assert_allclose(found["audio"]["w"], -0.2, rtol=1e-6)
-  np.testing.assert_allclose(found["audio"]["b"], -0.5, rtol=1e-6)
+  for number, of_audio in ((0, -0.5), (1, -0.5), (2, -0.2)):
+    optimizer = optim.make(name="sgd", learning_rate=0.5, groups=groups[:number])
+    found = updates(optimizer, ones())
+    np.testing.assert_allclose(found["bert"]["w"], -0.1 if number else -0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["audio"]["w"], of_audio, rtol=1e-6)
+    np.testing.assert_allclose(found["audio"]["b"], -0.5, rtol=1e-6)
 
 
 def test_clipping_comes_before_the_groups():
@@ -86,6 +87,7 @@ def test_weight_decay_of_adam_enters_the_gradient():
     ("cosine", 100, 0.0),
     ("warmup_cosine", 0, 0.0),
     ("warmup_cosine", 10, 1.0),
+    ("warmup_cosine", 100, 0.0),
     ("warmup_linear", 55, 0.5),
     ("hold_linear", 50, 1.0),
     ("hold_linear", 75, 0.5),
@@ -98,7 +100,67 @@ def test_schedules(name, at, expected):
   np.testing.assert_allclose(rate(at), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("total", [10, 100])
+@pytest.mark.parametrize(
+  "settings, total, expected",
+  [
+    (dict(name="warmup_linear", warmup=1.0), 4, [0, 0.25, 0.5, 0.75, 1, 0]),
+    (dict(name="warmup_linear"), 2, [1, 0.5, 0]),
+    (dict(name="warmup_linear", warmup=0.3), 5, [0, 1, 0.75, 0.5, 0.25, 0]),
+    (dict(name="hold_linear"), 5, [1, 1, 1, 2 / 3, 1 / 3, 0]),
+    (dict(name="step"), 5, [1, 1, 0.1, 0.1, 0.01]),
+    (dict(name="hold_linear", hold=1.0), 2, [1, 1, 1, 0]),
+    (dict(name="step"), 1, [1, 0.1, 0.01]),
+    (dict(name="epoch_warmup_cosine", epochs=4, warmup=0.25), 2, [0, 1, 1, 0.75, 0.25, 0.25]),
+    (dict(name="epoch_warmup_cosine"), 2, [0, 0, 0.97552826]),
+  ],
+)
+def test_schedules_of_a_few_steps_and_at_their_ends(settings, total, expected):
+  rate = optim.schedule({**settings, "peak": 1.0}, total)
+  found = [rate(jnp.int32(n)) for n in range(len(expected))]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_by_default_it_is_adam_at_a_thousandth():
+  chex.assert_trees_all_equal(
+    *(updates(o, ones(1e-7), count=3) for o in (optim.make(), optax.adam(1e-3)))
+  )
+  for settings in (dict(total_steps=3), dict(accumulate=1), dict(groups=())):
+    chex.assert_trees_all_equal(
+      *(updates(optim.make(name="sgd", **s), ones()) for s in (settings, {}))
+    )
+
+
+def test_a_schedule_lasts_as_many_updates_as_there_are():
+  """Of one step by default; of six steps that are accumulated by threes: two."""
+  rate = dict(name="hold_linear", peak=1.0)
+  for count, settings in ((2, {}), (9, dict(total_steps=6, accumulate=3))):
+    optimizer = optim.make(name="sgd", learning_rate=rate, **settings)
+    np.testing.assert_allclose(updates(optimizer, ones(), count=count)["audio"]["w"], 0)
+  assert rate == dict(name="hold_linear", peak=1.0)  # what is given stays as it is
+  assert type(optim.schedule(1, 10)) is float
+
+
+def test_nothing_of_ours_needs_promotion():
+  with jax.numpy_dtype_promotion("strict"):
+    optimizer = optim.make(
+      learning_rate=dict(name="epoch_warmup_cosine", peak=0.1),
+      weight_decay=0.1,
+      clip_value=1.0,
+      clip_norm=1.0,
+      accumulate=2,
+      plateau={},
+      groups=(("^bert", dict(name="sgd", momentum=0.9)),),
+    )
+    updates(optimizer, ones(), count=2)
+
+
+def test_an_optimizer_without_extra_arguments_is_given_them():
+  plain = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, ()))
+  found, _ = optim.permissive(plain).update(ones(), (), PARAMS, value=1.0)
+  chex.assert_trees_all_equal(found, ones())
+
+
+@pytest.mark.parametrize("total", [15, 100])
 @pytest.mark.parametrize("warmup, end", [(0.1, 0.0), (0.3, 0.2)])
 def test_a_cosine_respects_its_warmup(total, warmup, end):
   rate = optim.schedule({"name": "cosine", "peak": 2.0, "warmup": warmup, "end": end}, total)
@@ -187,8 +249,11 @@ def test_a_group_of_another_optimizer_takes_its_own_settings():
 def test_clipping_a_norm_is_optax_bit_for_bit(scale):
   for limit in (0.5, 1.0):
     clip = [jax.jit(c(limit).update) for c in (optim.clip_by_norm, optax.clip_by_global_norm)]
-    found, expected = (c(ones(scale), optax.EmptyState())[0] for c in clip)
-    chex.assert_trees_all_equal(found, expected)
+    for dtype in (jnp.float32, jnp.bfloat16):
+      grads = jax.tree.map(lambda g: g.astype(dtype), ones(scale))  # noqa: B023
+      found, expected = (c(grads, optax.EmptyState())[0] for c in clip)
+      chex.assert_trees_all_equal(found, expected)
+      chex.assert_trees_all_equal_dtypes(found, grads)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -220,6 +285,15 @@ def test_half_precision_is_updated_in_float32():
   np.testing.assert_array_equal(found, expected.astype(jnp.float16))
 
 
+def test_double_precision_stays_what_it_is():
+  with jax.enable_x64(True):
+    params = {"w": jnp.float64([0.1, -2.0])}
+    grads = {"w": jnp.float64([0.3, 1e-3])}
+    ours, theirs = (updates(o, grads, params) for o in (optim.make(), optax.adam(1e-3)))
+  assert ours["w"].dtype == jnp.float64
+  chex.assert_trees_all_equal(ours, theirs)
+
+
 def test_a_groups_norm_is_clipped_on_its_own():
   groups = (("^bert/", dict(clip_norm=1.0)), ("^audio/", dict(clip_norm=2.0)))
   found = updates(optim.make(name="sgd", learning_rate=1.0, groups=groups), ones(3.0))
@@ -240,3 +314,18 @@ def test_a_plateau_reduces_the_rate():
     rates.append(-float(update["audio"]["b"]) / 2)
   # an improvement by less than the threshold is none
   np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25])
+
+  # by default a score gets 20 epochs to improve by a ten-thousandth, and the rate is halved
+  state, scales = optim.reduce_on_plateau().init(PARAMS), []
+  for score in (1.0, *[1.00009] * 21, 1.00011):
+    state = optim.observe(state, score)
+    scales.append(float(state.scale))
+  assert scales == [1.0] * 21 + [0.5] * 2 and float(state.best) == np.float32(1.00011)
+  # at 0 no improvement is one; a state is arrays alone, and updates keep their precision
+  plateau = optim.reduce_on_plateau(patience=1)
+  state = plateau.init(PARAMS)
+  assert [a.dtype.kind for a in state] == [*"ffifif"]
+  for _ in range(3):
+    state = optim.observe(state, 0.0)
+  found, _ = plateau.update({"w": jnp.bfloat16(3.0)}, state)
+  assert found["w"].dtype == jnp.bfloat16 and float(found["w"]) == 1.5

@@ -24,7 +24,7 @@ def alone():
 def start(*args, devices=1):
   environment = {
     **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_NUM_CPU_DEVICES": str(devices),
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
   }

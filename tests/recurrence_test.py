@@ -1,11 +1,13 @@
 """The LSTM's loop and its kernel against the plain scan, and what they save."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import recurrence
+from mmjax import parallel, recurrence
 from mmjax.recurrence import kernel
 
 B, D, H = 4, 3, 5
@@ -63,7 +65,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(
   ("case", "steps", "longest"),
-  [("forward", 1, 1), ("forward", 13, 13), ("backward", 13, 4), ("both", 13, 13), ("both", 13, 4)],
+  [("forward", 1, 1), ("forward", 13, 13), ("backward", 13, 4), ("both", 13, 4)],
 )
 def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest):
   x, valid, weights, *scales = draw(steps, longest)
@@ -73,6 +75,121 @@ def test_it_equals_the_plain_scan_to_the_second_derivative(case, steps, longest)
     with recurrence.plain():
       expected = jax.jit(lambda *args: all_of(*args))(x, weights)
   assert_close(found, expected)
+
+
+def sigmoid(a):
+  return 1 / (1 + np.exp(-a))
+
+
+def lstm_by_hand(x, valid, w_ih, w_hh, bias, reverse=False):
+  h, c, outputs = np.zeros((B, H)), np.zeros((B, H)), np.zeros((len(x), B, H))
+  for t in range(len(x))[:: -1 if reverse else 1]:
+    i, f, g, o = np.split(x[t] @ w_ih + h @ w_hh + bias, 4, -1)
+    now = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    on = valid[t][:, None]
+    h, c = np.where(on, sigmoid(o) * np.tanh(now), h), np.where(on, now, c)
+    outputs[t] = np.where(on, h, 0)
+  return outputs, h
+
+
+def gru_by_hand(x, valid, w_ih, w_hh, b_ih, b_hh, reverse=False):
+  h, outputs = np.zeros((B, H)), np.zeros((*valid.shape, H))
+  for t in range(x.shape[1])[:: -1 if reverse else 1]:
+    (r, z, n), (h_r, h_z, h_n) = (
+      np.split(a, 3, -1) for a in (x[:, t] @ w_ih + b_ih, h @ w_hh + b_hh)
+    )
+    z, on = sigmoid(z + h_z), valid[:, t, None]
+    h = np.where(on, (1 - z) * np.tanh(n + sigmoid(r + h_r) * h_n) + z * h, h)
+    outputs[:, t] = np.where(on, h, 0)
+  return outputs
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_it_equals_loops_written_out(plain):
+  x, valid, weights, *_ = draw(13)
+  random = np.random.default_rng(2)
+  of_gru = [random.normal(size=shape) for shape in ((D, 3 * H), (H, 3 * H), (3 * H,), (3 * H,))]
+  rows = x.swapaxes(0, 1), valid.T
+
+  def everything():
+    return (
+      recurrence.lstm(x, valid, *weights[0]),
+      recurrence.lstm(x, valid, *weights[0], reverse=True),
+      recurrence.bilstm(x, valid, *weights),
+      [recurrence.gru(*rows, *of_gru), recurrence.gru(*rows, *of_gru, reverse=True)],
+    )
+
+  with jax.enable_x64(True), recurrence.plain() if plain else contextlib.nullcontext():
+    found = jax.jit(everything)()
+  ahead, back = (lstm_by_hand(x, valid, *w, r) for w, r in zip(weights, (False, True), strict=True))
+  expected = (
+    ahead,
+    lstm_by_hand(x, valid, *weights[0], reverse=True),
+    list(zip(ahead, back, strict=True)),
+    [gru_by_hand(*rows, *of_gru, reverse=reverse) for reverse in (False, True)],
+  )
+  assert_close(found, expected)
+
+
+def test_features_of_half_precision_are_computed_in_that_of_the_weights():
+  x, valid, weights, *_ = draw(7)
+  half, weights = np.float16(x), [np.float32(w) for w in weights[0]]
+  lstm = jax.jit(recurrence.lstm)
+  found, expected = (lstm(a, valid, *weights) for a in (half, np.float32(half)))
+  assert found[0].dtype == np.float32
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "elsewhere", "kernels"),
+  [(np.float32, False, False), (np.float32, True, True), (np.float64, True, False)],
+)
+def test_kernels_are_traced_where_they_may_run(dtype, elsewhere, kernels):
+  x, valid, weights, *_ = draw(3)
+  with jax.enable_x64(True), recurrence.portable() if elsewhere else contextlib.nullcontext():
+    trace = jax.make_jaxpr(lambda *args: recurrence.lstm(*args))
+    jaxpr = trace(dtype(x), valid, *map(dtype, weights[0]))
+  assert ("pallas_call" in str(jaxpr)) == kernels
+
+
+@pytest.mark.parametrize("name", ["plain", "portable"])
+def test_what_is_traced_inside_ends_with_the_block(name):
+  variable = getattr(recurrence, f"_{name.upper()}")
+  with pytest.raises(KeyError), getattr(recurrence, name)():
+    assert variable.get() is True
+    raise KeyError
+  assert variable.get() is False
+
+
+def test_devices_are_told_where_the_rows_are(monkeypatch):
+  """Two devices, played by two halves of the rows."""
+
+  def by_rows(function, in_axes, out_axes, rows):
+    def halves(*args):
+      def half(n):
+        cut = lambda a, axis: a if axis is None else jnp.split(a, 2, axis)[n]  # noqa: E731
+        return function(*map(cut, args, in_axes))
+
+      return tuple(map(jnp.concatenate, zip(half(0), half(1), strict=True), out_axes))
+
+    assert rows == B
+    return halves
+
+  x, valid, weights, *_ = draw(7)
+
+  def both():
+    return recurrence.lstm(x, valid, *weights[0]), recurrence.bilstm(x, valid, *weights)
+
+  with jax.enable_x64(True):
+    expected = jax.jit(both)()
+    monkeypatch.setattr(parallel, "by_rows", by_rows)
+    found = jax.jit(lambda: both())()
+  assert_close(found, expected)
+
+
+def test_chunks_and_their_number_grow_alike():
+  sizes = [recurrence._chunk_size(steps) for steps in (1, 2, 3, 13, 50, 400)]
+  assert sizes == [1, 2, 3, 5, 10, 29]
 
 
 @pytest.fixture(params=kernel.TARGETS)

@@ -42,6 +42,16 @@ def test_a_streamed_dataset_describes_itself_as_one_in_memory(streamed, in_memor
   chex.assert_trees_all_close(streamed.valid, in_memory.valid, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, dict(text="tokens", task="classification")])
+def test_options_mean_what_they_mean_in_memory(folder, options):
+  ours, theirs = (load(folder, "small", **options) for load in (stream.open_dataset, data.load))
+  assert (ours.spec, ours.ids, ours.name) == (theirs.spec, theirs.ids, theirs.name)
+  chex.assert_trees_all_equal(ours[1:3], theirs[1:3])
+  chex.assert_trees_all_equal(ours.train.example, data.take(theirs.train, slice(1)))
+  chex.assert_trees_all_equal(ours.train.read(), theirs.train)
+  assert ours.train.buffer == 1024 and ours.train.rows == ROWS
+
+
 def test_rows_are_those_of_the_dataset(streamed, in_memory):
   for drawn in streamed.train.batches(KEY, batch_size=4, draws=2):
     for batch in drawn:
@@ -82,6 +92,13 @@ def test_the_format_of_the_files_changes_nothing(folder, streamed, in_memory):
   batches = [s.train.batches(KEY, batch_size=4, draws=2, skip=1) for s in (records, streamed)]
   for ours, theirs in zip(*batches, strict=True):
     chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_other_formats_are_refused_before_anything_is_read(folder, monkeypatch):
+  monkeypatch.setattr(stream, "FORMATS", {"array_record": None})
+  monkeypatch.setattr(data, "read_arrays", None)
+  with pytest.raises(data.DataError, match="small is stored as tfrecord.*array_record"):
+    stream.open_dataset(folder, "small")
 
 
 def test_files_are_read_across_their_borders(streamed, tmp_path, folder):
@@ -129,7 +146,7 @@ def recipe(streamed):
   )
 
 
-def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe):
+def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, recipe, monkeypatch):
   def validate(params, extra):
     error = toy.predict(params, streamed.valid, extra)["prediction"] - streamed.valid.label
     return {"mae": float(np.abs(error).mean())}
@@ -149,8 +166,16 @@ def test_training_learns_and_goes_on_bit_for_bit_where_it_stopped(streamed, reci
       caught.append(jax.tree.map(np.asarray, progress))
       raise Killed
 
+  passes, batches = [], stream.Stream.batches
+
+  def counted(self, *args, **kwargs):
+    passes.append(kwargs)
+    return batches(self, *args, **kwargs)
+
+  monkeypatch.setattr(stream.Stream, "batches", counted)
   with pytest.raises(Killed):
     run(seconds=0.0, pause=pause)
+  assert passes == [{"skip": 0}] * 2  # each epoch is entered once, wherever it pauses
   assert int(caught[0].done) == 8 - ROWS // 4
   chex.assert_trees_all_equal(run(caught[0])[-1].progress, whole[-1].progress)
 
@@ -163,7 +188,9 @@ def test_streams_of_several_runs_side_by_side(streamed, recipe):
   arguments = ([evaluators] * 2, [start(key) for key in keys], keys)
   (together,) = train.fit(plan, streamed.train, *arguments)
   for report, key in zip(together, keys, strict=True):
-    (alone,) = train.fit(plan, streamed.train, evaluators, start(key), key)
+    begin = start(key)
+    (alone,) = train.fit(plan, streamed.train, evaluators, begin, key)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(begin.state))  # used again
     chex.assert_trees_all_close(
       report.progress.state.params, alone.progress.state.params, rtol=1e-4, atol=1e-6
     )

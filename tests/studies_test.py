@@ -6,21 +6,23 @@ import chex
 import pandas as pd
 import pytest
 
-from command import call, final, refused
+from command import ROOT, call, final, refused
 from experiments import workdir
 from mmjax import runs
 
-SMALL = ("--config.train.batch_size=8", "--set=model.hidden_size=4", "--set=train.epochs=2")
+SMALL = ("--config.train.batch_size=8", "--set=train.epochs=2")
 
 
 def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
   """One run in a process, then the others side by side; what is finished stays as it is."""
   out = folder / "compared"
+  config = folder / "toy config.py"  # with a space: workers once lost it
+  config.write_text((ROOT / "tests" / "toy_config.py").read_text())
 
   def compare(*more):
     code, output = call(
       "compare",
-      *("--config", "quickstart:tiny"),  # with a space: workers once lost it
+      *("--config", f"{config}:tiny"),
       *SMALL,
       f"--data_dir={folder / 'data'}",
       f"--out={out}",

@@ -50,10 +50,10 @@ def loss(params, batch, key, extra):
 
 
 def init(key, spec):
-  del spec
+  width = sum(getattr(spec, m).dim for m in types.MODALITIES)
   k1, k2 = jax.random.split(key)
   params = {
-    "encoder": {"kernel": jax.random.normal(k1, (7, 8)) * 0.5},
+    "encoder": {"kernel": jax.random.normal(k1, (width, 8)) * 0.5},
     "head": {"kernel": jax.random.normal(k2, (8,)) * 0.5, "bias": jnp.zeros(())},
   }
   return params, {"calls": jnp.int32(0)}
@@ -68,6 +68,11 @@ def init_for(spec: types.Spec):
     return {**params, "encoder": {"kernel": 0.1 * jax.random.normal(key, (width, 8))}}, extra
 
   return start
+
+
+def make() -> types.System:
+  """The system for configs: `toy:make`."""
+  return make_system()
 
 
 def make_system(**kwargs) -> types.System:

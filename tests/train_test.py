@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import toy
-from mmjax import checkpoint, masking, meta, metrics, optim, sources, train, types
+from mmjax import checkpoint, masking, meta, metrics, optim, parallel, sources, train, types
 
 KEY = jax.random.key(5)
 DATA = toy.make_batch(32)
@@ -43,6 +43,12 @@ def scores(*values, metric="mae"):
   evaluate = lambda params, extra: {metric: next(values)}  # noqa: E731
   evaluate.names = (metric,)
   return evaluate
+
+
+def described(progress):
+  """Of each leaf what a program is compiled for; also that it is an array, as they are saved."""
+  weak = lambda a: getattr(a, "weak_type", False)  # noqa: E731
+  return jax.tree.map(lambda a: f"{a.dtype}{a.shape}{weak(a)}", progress)
 
 
 class Killed(Exception):
@@ -134,28 +140,41 @@ def test_phases_train_their_own_parameters_in_their_own_epochs():
   entered = []
 
   def on_epoch(params, extra, epoch, source):
+    assert type(epoch) is int
     entered.append((epoch, source.rows, source.read().index.shape))
     return {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}, extra
 
+  def loss(params, batch, key, extra):
+    value, aux = toy.loss(params, batch, key, extra)
+    return value, aux._replace(metrics={"two": jnp.float32(2.0)})
+
   phases = (
-    types.Phase("encoder", toy.loss, trains="^encoder/", share=0.5),
-    types.Phase("head", toy.loss, trains="^head/", epochs=(1, 2), on_epoch=on_epoch),
+    types.Phase("encoder", loss, trains="^encoder/", share=0.5),
+    types.Phase("head", loss, trains="^head/", epochs=(1, 2), on_epoch=on_epoch),
   )
   optimizers = {p.name: optim.make(learning_rate=0.01) for p in phases}
   plan = recipe(system=toy.make_system(phases=phases), optimizers=optimizers, epochs=3)
   begin = train.start(plan, DATA, toy.SPEC, KEY)
-  params, steps, best = [jax.tree.map(np.array, begin.state.params)], [], []
+  params, steps, best, means = [jax.tree.map(np.array, begin.state.params)], [], [], []
   for report in train.fit(plan, DATA, {"valid": validate}, begin, KEY):
     params.append(jax.tree.map(np.array, report.progress.state.params))
     steps.append(int(report.progress.state.step))
     best.append(int(report.progress.best["valid/mae"].epoch))
+    means.append({name: value for name, value in report.train.items() if "two" in name})
+    assert all(type(value) is float for value in report.train.values())
   chex.assert_trees_all_equal(params[1]["head"], params[0]["head"])
   assert (params[1]["encoder"]["kernel"] != params[0]["encoder"]["kernel"]).any()
   assert steps == [2, 2 + 2 + 4, 8 + 2]
   assert entered == [(1, 32, (32,))]
   assert (params[2]["head"]["kernel"] != 0).all()
+  assert (abs(params[2]["head"]["kernel"]) < 0.05).all()  # four steps of 0.01, from 0
   chex.assert_trees_all_equal(params[3]["head"], params[2]["head"])
   assert best[0] == -1 and best[1] == 1  # nothing is selected before the last phase
+  assert means == [
+    {"encoder/two": 2.0},
+    {"encoder/two": 2.0, "head/two": 2.0},
+    {"encoder/two": 2.0},
+  ]
 
 
 def test_what_a_phase_sets_each_epoch_stays_its_own():
@@ -166,10 +185,23 @@ def test_what_a_phase_sets_each_epoch_stays_its_own():
     params, extra = toy.init(key, spec)
     return params, {**extra, "a": shared, "b": shared}
 
-  on_epoch = lambda params, extra, epoch, source: (params, {**extra, "a": shared, "b": shared})  # noqa: E731
+  entered, caught = [], []
+
+  def on_epoch(params, extra, epoch, source):
+    entered.append(epoch)
+    return params, {**extra, "a": shared, "b": shared}
+
+  def pause(progress):
+    caught.append(progress)
+    raise Killed
+
   system = types.System(init, toy.predict, (types.Phase("main", toy.loss, on_epoch=on_epoch),))
-  run(recipe(system=system, epochs=2))
+  plan = recipe(system=system, epochs=2)
+  with pytest.raises(Killed):
+    run(plan, pause=pause)
+  run(plan, *caught)
   assert float(shared.sum()) == 3
+  assert entered == [0, 1]  # and not once more where a run goes on in the middle
 
 
 def test_arrays_of_init_survive():
@@ -220,6 +252,7 @@ def test_runs_side_by_side_equal_runs_in_turn(finished):
 
   def fit(evaluators, progresses=None, **kwargs):
     progresses = progresses or [train.start(plan, DATA, toy.SPEC, key) for key in keys]
+    progresses = jax.tree.map(jnp.asarray, progresses)  # as they may be read back
     return list(train.fit(plan, DATA, evaluators, progresses, keys, **kwargs))
 
   reports = fit(late, pause=pause, seconds=0.0)
@@ -228,7 +261,7 @@ def test_runs_side_by_side_equal_runs_in_turn(finished):
     [False] * 2,
     [False, True],
   ]
-  assert paused[:3] == [[1, 1], [2, 2], [3, 3]]
+  assert paused == [[n, n] for n in (1, 2, 3)] * 2 + [[n, 0] for n in (1, 2, 3)]
   for (report, _), alone in zip(reports, finished, strict=False):
     np.testing.assert_allclose(report.train["loss"], alone.train["loss"], rtol=1e-4)
   other = run(recipe(epochs=2), train.start(plan, DATA, toy.SPEC, keys[1]), key=keys[1])
@@ -272,6 +305,62 @@ def test_each_metric_selects_its_own_epoch_in_its_own_direction():
   ]
   chex.assert_trees_all_equal(best["valid/mae"].params, reports[-1].progress.state.params)
   assert int(best["test/acc"].extra["calls"]) == 8  # of that epoch
+  # what was reported stays
+  assert [int(r.progress.best["valid/mae"].epoch) for r in reports] == [-1, 1, 1, 3]
+  assert reports[0].progress.best["valid/mae"].score == np.inf
+  assert [r.evaluated["valid"]["mae"] for r in reports[1:]] == [3.0, 4.0, 2.0]
+
+
+def test_an_equal_score_is_no_better_one():
+  """Though 0.7 is more than float32(0.7), as which it is kept."""
+  plan = recipe(select=("valid/acc",), epochs=2)
+  reports = run(plan, evaluators={"valid": scores(0.7, 0.7, metric="acc")})
+  assert [r.improved for r in reports] == [("valid/acc",), ()]
+
+
+def test_nothing_is_selected_and_no_patience_lost_before_the_last_phase():
+  system = toy.make_system(phases=(types.Phase("main", toy.loss, epochs=(2, None)),))
+  plan = recipe(system=system, patience=1, epochs=5)
+  nan = float("nan")
+  for values, improved in (
+    ((1.0, 1.0, 3.0, 4.0), [False, False, True, False]),
+    ((1.0, 1.0, nan), [False] * 3),
+  ):
+    reports = run(plan, evaluators={"valid": scores(*values)})
+    assert [bool(r.improved) for r in reports] == improved
+  short = run(plan._replace(epochs=2), evaluators={"valid": scores(2.0, 3.0)})
+  assert int(short[-1].progress.best["valid/mae"].epoch) == 1  # it ends before that phase: the last
+
+
+def test_stretches_grow_and_shrink_to_the_seconds_asked_for(monkeypatch):
+  took, paused = iter([4.9, 5.0, 20.0, 20.1, 21.0, 21.0, 0.0, *[10.0] * 9]), []
+
+  def agree(seconds):
+    assert 0 <= seconds < 100
+    return next(took)
+
+  monkeypatch.setattr(parallel, "agree", agree)
+  plan = recipe(batch_size=1, epochs=1)
+  begin = train.start(plan, DATA, toy.SPEC, KEY)
+  (report,) = run(plan, begin, pause=paused.append)
+  assert [int(progress.done) for progress in paused] == [1, 5, 9, 13, 15, 16, 17, 21, 25, 29]
+  for progress in (paused[0], report.progress):
+    assert described(progress) == described(begin)
+  assert type(report.epoch) is int
+
+
+def test_an_evaluator_reads_arrays_of_this_process(monkeypatch):
+  monkeypatch.setattr(parallel, "local", lambda tree: jax.tree.map(np.asarray, tree))
+  asked, answer = [], {}
+
+  def evaluate(params, extra):
+    asked.extend(jax.tree.leaves((params, extra)))
+    answer["mae"] = float(len(asked))
+    return answer
+
+  reports = run(recipe(epochs=2), evaluators={"valid": evaluate})
+  assert len(asked) == 3 * 4 and all(isinstance(leaf, np.ndarray) for leaf in asked)
+  assert maes(reports) == [8.0, 12.0]  # copies of the evaluator's answers
 
 
 @pytest.mark.parametrize(
@@ -282,6 +371,7 @@ def test_each_metric_selects_its_own_epoch_in_its_own_direction():
     (dict(select=("valid/corr",)), "'valid/corr' is not evaluated.*there are valid/mae"),
     (dict(select=("mae",)), 'no "split/metric"'),
     (dict(select="valid/mae"), "expected a tuple"),
+    (dict(select=()), "expected a tuple"),
     (dict(select=("valid/mine",)), "no metric 'mine'.*needs a row"),
     (dict(batch_size=0), "batch_size is 0"),
     (dict(epochs=-1), "epochs is -1"),
@@ -299,7 +389,33 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(changed, messag
   plan = recipe(system=toy.make_system(phases=(types.Phase("main", loss),)), **changed)
   with pytest.raises(types.UsageError, match=message):
     run(plan)
+  with pytest.raises(types.UsageError, match=f"{message}|progress is of a run that selects"):
+    train.fit(plan, DATA, {"valid": validate}, train.start(recipe(), DATA, toy.SPEC, KEY), KEY)
   assert not calls
+
+
+def test_the_least_that_can_be_trained():
+  """One row, batches of one, a patience of one; or no epoch at all."""
+  one = jax.tree.map(lambda a: a[:1], DATA)
+  plan = recipe(batch_size=1, epochs=0, patience=1)
+  train.start(plan._replace(epochs=1), one, toy.SPEC, KEY)
+  assert run(plan, data=one) == []
+
+
+def test_runs_that_cannot_train_side_by_side_are_refused():
+  begin, both = train.start(recipe(), DATA, toy.SPEC, KEY), [{"valid": scores(1.0)}] * 2
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+  for plan, evaluators, progresses, keys, message in (
+    (recipe(), both, [begin] * 2, [KEY], "as many"),
+    (recipe(), both, [begin], [KEY] * 2, "as many"),
+    (recipe(), [], [], [], "as many"),
+    (recipe(mesh=mesh), both, [begin] * 2, [KEY] * 2, "one device"),
+    (recipe(), both, [begin, begin._replace(done=np.int32(1))], [KEY] * 2, "same step"),
+    (recipe(), both, [begin, begin._replace(epoch=np.int32(1))], [KEY] * 2, "same step"),
+  ):
+    with pytest.raises(types.UsageError, match=message):
+      next(train.fit(plan, DATA, evaluators, progresses, keys))
+  train.fit(recipe(), DATA, both[:1], [begin], [KEY])  # one alone is none of these
 
 
 def test_an_empty_split_is_refused():
@@ -332,6 +448,8 @@ def test_steps_are_compiled_once():
   before = len(traces)
   run(plan, progress, seconds=0.0)
   assert len(traces) - before <= 2  # value_and_grad inside one jit
+  # their memory is used again
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((progress.state, progress.sums)))
 
 
 def test_the_steps_of_a_phase_are_counted_as_they_run():
@@ -339,6 +457,8 @@ def test_the_steps_of_a_phase_are_counted_as_they_run():
   phase = types.Phase("head", toy.loss, share=0.5, epochs=(1, 4))
   assert train.total_steps(phase, 10, 37, 8) == 3 * 2
   assert train.total_steps(phase, 2, 37, 8) == 2
+  assert train.total_steps(phase._replace(share=0.4), 10, 37, 8) == 3 * 1
+  assert train.total_steps(phase._replace(share=0.01), 10, 37, 8) == 3 * 1
   assert train.total_steps(types.Phase("all", toy.loss), 10, 5, 8) == 10  # one batch of 5
 
 
@@ -356,14 +476,42 @@ def test_a_plateau_follows_the_first_selected_metric():
   assert scales == [1.0, 1.0, 0.5, 0.5, 0.25]
 
 
-def test_optimizers_that_read_the_loss_get_it():
-  """Polyak's rate: (loss - f_min) / |gradient|², here of a loss whose value is known."""
-  plan = recipe(optimizers={"main": optax.polyak_sgd(max_learning_rate=1e3)}, epochs=1)
-  begin = train.start(plan, DATA, toy.SPEC, KEY)
-  batch = jax.tree.map(jnp.asarray, jax.tree.map(lambda a: a[:8], DATA))
-  state, found = train.make_step(plan, plan.system.phases[0])(begin.state, batch, KEY)
-  moved = optax.tree.norm(optax.tree.sub(state.params, begin.state.params))
-  np.testing.assert_allclose(moved, found["loss"] / found["gradient_norm"], rtol=1e-4)
+def test_an_optimizer_and_a_method_get_what_they_may_read():
+  """Loss, gradient and a value function; the loss's Hessian mode. Neither minds promotion."""
+  read = {}
+
+  def update(grads, state, params, *, value, grad, value_fn):
+    shifted = jax.tree.map(lambda p: p + 0.5, params)
+    read["update"] = state * jnp.int32(2), value, grads, grad, value_fn(shifted), shifted
+    return jax.tree.map(lambda g: -jnp.int32(1) * g, grads), state
+
+  def wrap(loss, key, own, *, hessian="reverse"):
+    read["wrap"] = hessian, key, own
+    return loss
+
+  optimizer = optax.GradientTransformationExtraArgs(
+    lambda params: jnp.int32(1) * jnp.float32(0.5), update
+  )
+  phase = types.Phase("main", toy.loss, hessian="symmetric")
+  plan = recipe(
+    system=toy.make_system(phases=(phase,)),
+    method=types.Method(1, wrap),
+    optimizers={"main": optimizer},
+  )
+  begin = train.start(plan, DATA, toy.SPEC, KEY).state
+  state, found = train.make_step(plan, phase)(begin, DATA, KEY)
+  key = jax.random.fold_in(jax.random.fold_in(KEY, 2), 0)
+  loss = lambda params: toy.loss(params, DATA, key, begin.extra)[0]  # noqa: E731
+  expected, gradient = jax.value_and_grad(loss)(begin.params)
+  twice, value, *gradients, of_shifted, shifted = read["update"]
+  assert (float(twice), value) == (1.0, expected) and of_shifted == loss(shifted)
+  chex.assert_trees_all_equal(*gradients, gradient)
+  moved = jax.tree.map(lambda p, g: p - g, begin.params, gradient)
+  chex.assert_trees_all_equal(state.params, moved)
+  norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-6)
+  assert found["loss"] == expected and read["wrap"][::2] == ("symmetric", {})
+  assert read["wrap"][1] == jax.random.fold_in(KEY, 3)
 
 
 def rated(first=0.5):
@@ -415,8 +563,55 @@ def test_parameters_named_method_are_refused():
   system = toy.make_system()._replace(init=lambda key, spec: ({"method": jnp.ones(2)}, {}))
   with pytest.raises(types.UsageError, match='without an entry "method"'):
     train.start(recipe(method=rated(), system=system), DATA, toy.SPEC, KEY)
+  system = system._replace(init=lambda key, spec: ([jnp.ones(2)], {}))
+  with pytest.raises(types.UsageError, match="whose parameters are a dict"):
+    train.start(recipe(method=rated(), system=system), DATA, toy.SPEC, KEY)
 
 
 def test_a_batch_and_its_source_are_the_same(finished):
-  found = run(recipe(epochs=1), data=sources.Resident(DATA))
-  assert found[0].train == finished[0].train
+  wide = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, DATA)
+  for data in (sources.Resident(DATA), wide):
+    assert run(recipe(epochs=1), data=data)[0].train == finished[0].train
+
+
+def test_steps_pass_their_rows_from_anywhere_to_anywhere():
+  """As a loop of one's own may call them."""
+  key = jax.random.key(4)
+
+  def advance(state, sums, batch, key):
+    at, rows = state
+    return (at + 1, rows.at[at].set(batch.index)), sums, jnp.bool_(True)
+
+  def run(steps, *bounds):
+    state = jnp.int32(bounds[0]), jnp.full((4, 12), -1)
+    return np.asarray(steps(state, {}, key, 7, *bounds)[0][1])
+
+  steps = sources.Resident(DATA).make_steps(advance, 6, 2)
+  orders = [
+    jax.random.permutation(k, 32)[:24].reshape(4, 6)
+    for k in jax.random.split(sources.order_key(key, 7), 2)
+  ]
+  expected = np.concatenate(orders, 1)
+  np.testing.assert_array_equal(run(steps, 0, 4), expected)
+  np.testing.assert_array_equal(run(steps, 1, 3)[1:3], expected[1:3])
+  assert (run(steps, 1, 3)[[0, 3]] == -1).all()
+
+
+def test_a_source_is_placed_on_the_mesh_that_shares_its_batches(finished):
+  called = []
+
+  class Source(sources.Resident):
+    def place(self, mesh):
+      called.append(mesh)
+      return Source(super().place(mesh).batch)
+
+    def make_steps(self, *args, **kwargs):
+      called.append((kwargs, {leaf.sharding for leaf in jax.tree.leaves(self.batch)}))
+      return super().make_steps(*args, **kwargs)
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+  (report,) = run(recipe(epochs=1, mesh=mesh), data=Source(DATA))
+  held = parallel.replicated(mesh)
+  assert called == [mesh, (dict(mesh=mesh, together=False), {held})]
+  assert {leaf.sharding for leaf in jax.tree.leaves(report.progress.state.params)} == {held}
+  np.testing.assert_allclose(report.train["loss"], finished[0].train["loss"], rtol=1e-5)

@@ -251,7 +251,7 @@ def intervals(rate: Rate) -> chex.Array:
       raise types.UsageError(
         f"a modality's missing rate must be a number or (low, high): {rate!r}."
       )
-    found: Any = _stack([_stack([pair, pair]) if pair.ndim == 0 else pair for pair in pairs])
+    found: Any = _stack([[pair, pair] if pair.ndim == 0 else pair for pair in pairs])
   else:
     rates = _stack(rate)
     if rates.shape not in ((), (2,), (3,), (3, 2)):

@@ -292,7 +292,7 @@ def m3s_method(
   inner.check(order, "reverse", inner_steps, remat, tasks)
   if inner_rates not in (None, "learned"):
     raise types.UsageError(f"inner_rates is {inner_rates!r}, expected 'learned' or None.")
-  settings: dict[str, Any] = dict(optimizer or dict(name="sgd", learning_rate=1e-3))
+  settings: Mapping[str, Any] = optimizer or dict(name="sgd", learning_rate=1e-3)
   # learned rates multiply the updates of an optimizer whose rates are all 1
   made = settings if inner_rates is None else _with_unit_rates(settings)
   inner_optimizer = optim.make(**made, differentiable=order == "second")
