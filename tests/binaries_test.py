@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import chex
 import pytest
 
+import mmjax
 from command import ROOT, call, final, refused, start
 from experiments import workdir
 from mmjax import runs
@@ -184,6 +186,25 @@ def test_evaluate_writes_table_and_curves(folder, whole):
   nothing = folder / "nothing"
   assert "holds no training run" in refused("evaluate", f"--workdir={nothing}")
   assert not nothing.exists()
+
+
+def test_a_trained_run_is_loaded_without_its_data(folder, whole):
+  moved = shutil.copytree(folder / "whole", folder / "moved")
+  spec = json.loads((moved / "config.json").read_text()) | {"data_dir": "gone"}
+  (moved / "config.json").write_text(json.dumps(spec))
+  run = mmjax.load(moved)
+  best = whole[0]["best"]["valid/mae"]
+  chex.assert_trees_all_equal(run.params, best["params"])
+  done = json.loads((moved / "done.json").read_text())
+  assert done["valid/mae"] == {"epoch": run.epoch, "score": run.score}
+  # of an older version: training's command writes what is lacking, and trains nothing
+  kept = (moved / "spec.json").read_text()
+  (moved / "spec.json").unlink()
+  asked = ("--pickle=a.pkl", f"--out={folder / 'a.csv'}")
+  assert f"train --workdir={moved}" in refused("predict", f"--workdir={moved}", *asked)
+  assert call("train", f"--workdir={moved}", f"--data_dir={folder / 'data'}")[0] == 0
+  assert (moved / "spec.json").read_text() == kept
+  chex.assert_trees_all_equal(final(moved), whole[0])
 
 
 PARTS = """
