@@ -8,6 +8,8 @@ modalities were found of it, and the prediction, a number or the likeliest class
 probabilities of all.
 """
 
+from typing import Any
+
 import numpy as np
 from absl import flags
 
@@ -38,7 +40,7 @@ def main():
   run = runs.load(_WORKDIR.value)
   outputs = ("prediction", "feature") if _FEATURES.value else ("prediction",)
   found = predict.predict(run, inputs.batch, outputs)
-  told = {"id": inputs.ids}
+  told: dict[str, Any] = {"id": inputs.ids}
   if any(inputs.splits):
     told["split"] = inputs.splits
   for m in types.MODALITIES:

@@ -3,7 +3,7 @@
 import csv
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def check(flag: str, path: str, suffixes: Sequence[str]) -> None:
     raise types.UsageError(f"--{flag}={path}: there is no folder {folder}; make it first.")
 
 
-def write(path: str, fill: Callable[[IO[bytes]], None]) -> None:
+def write(path: str, fill: Callable[[IO[bytes]], object]) -> None:
   """Writes a file under another name and then gives it its own."""
   draft = pathlib.Path(f"{path}.part")
   with draft.open("wb") as file:
@@ -31,7 +31,7 @@ def write(path: str, fill: Callable[[IO[bytes]], None]) -> None:
   draft.replace(path)
 
 
-def write_csv(path: str, columns: Mapping[str, Sequence]) -> None:
+def write_csv(path: str, columns: Mapping[str, Any]) -> None:
   """Columns of equal length; numbers with all their digits."""
 
   def fill(file):

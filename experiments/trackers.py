@@ -69,7 +69,7 @@ class _Wandb:
   """A run of Weights & Biases; its id is kept in the folder."""
 
   def __init__(self, story: Story):
-    import wandb
+    wandb = importlib.import_module("wandb")
 
     self._told = story.told
     try:
@@ -98,8 +98,8 @@ class _Mlflow:
   """A run of MLflow; its id is kept in the folder."""
 
   def __init__(self, story: Story):
-    import mlflow
-    from mlflow import entities, exceptions
+    mlflow = importlib.import_module("mlflow")
+    entities = importlib.import_module("mlflow.entities")
 
     self._told, self._metric = story.told, entities.Metric
     self._client = mlflow.MlflowClient()
@@ -115,7 +115,7 @@ class _Mlflow:
       self._client.update_run(self._id, "RUNNING")
       told = {k: str(v) for k, v in settings.flatten(story.config).items()}
       self._client.log_batch(self._id, params=[entities.Param(k, v) for k, v in told.items()])
-    except exceptions.MlflowException as error:
+    except mlflow.MlflowException as error:
       raise types.UsageError(
         f"--tracker=mlflow: {error} MLFLOW_TRACKING_URI says where runs are kept."
       ) from error

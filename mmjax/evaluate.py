@@ -309,7 +309,7 @@ def make_robustness(
 def score(
   spec: types.Spec,
   predictions: np.ndarray,
-  label: np.ndarray,
+  label: Any,
   conditions: Sequence[Condition],
   seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
