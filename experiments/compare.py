@@ -10,14 +10,13 @@ and epochs_{valid,test}.png (metrics against the epoch).
 """
 
 import itertools
-import os
 import pathlib
 from collections.abc import Sequence
 
 import pandas as pd
 from absl import flags
 
-from experiments import build, cli, processes, settings, study
+from experiments import build, cli, engines, processes, settings, study
 from experiments.report import methods, rates
 from mmjax import evaluate, meta, types
 
@@ -48,9 +47,7 @@ _SCHEDULE = flags.DEFINE_enum(
   "All seeds of a method as one program, or a process per run; auto: together on accelerators.",
   flag_values=_FLAGS,
 )
-_PROCESSES = flags.DEFINE_integer(
-  "processes", os.cpu_count(), "Trainings at a time.", lower_bound=1, flag_values=_FLAGS
-)
+engines.define(_FLAGS)
 
 FEW = 5  # runs, below which a p-value says little
 
@@ -86,6 +83,7 @@ def make_variants(training_rates: Sequence[str | None]) -> list[study.Variant]:
 @cli.binary(_FLAGS, __doc__, required=["config", "out", "methods"])
 def main():
   processes.cores_as_devices()
+  engine = engines.make(_FLAGS)
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
   variants = make_variants(_MISSING_RATE.value or [None])
   trained = [cli.rate_text(settings.plain(v.config.mask.get("rate", ()))) for v in variants]
@@ -102,7 +100,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_SCHEDULE.value, _PROCESSES.value or 1)
+  runs.train(_SCHEDULE.value, engine)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
   out, titles = pathlib.Path(_OUT.value), [variant.columns["method"] for variant in variants]
   by = ("missing_rate", "method", "kind", "condition")

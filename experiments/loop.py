@@ -10,7 +10,7 @@ import jax
 import tqdm
 
 from experiments import build, interrupts, workdir
-from mmjax import checkpoint, parallel, train, types
+from mmjax import checkpoint, parallel, sources, train, types
 
 COMPILING = "compiling, kept for next time"
 
@@ -69,10 +69,10 @@ def execute(
     RunError: if the folder cannot serve the run.
     NonFiniteLoss: from the trainer; the folder is closed.
   """
-  dataset, batch_size = run.dataset, min(run.recipe.batch_size, run.dataset.spec.num_train)
+  dataset, rows = run.dataset, sources.as_source(run.dataset.train).rows
   recipe, asked = run.recipe, build.describe(run.config, data_dir)
   workdir.check(path, asked)
-  recipe = recipe._replace(mesh=parallel.make_mesh(batch_size))
+  recipe = recipe._replace(mesh=parallel.make_mesh(min(recipe.batch_size, rows)))
   progress = train.start(recipe, dataset.train, dataset.spec, run.key)
   folder = workdir.Workdir(path, asked, data_dir, build.reading(run), tracker)
   try:

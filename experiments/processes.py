@@ -1,19 +1,20 @@
-"""The cores of a machine: one training each, or all for one evaluation."""
+"""Trainings beside each other: what starts them (an engine), and what watches over them (a crew).
+
+Here is the engine of one machine, a process per core; `engines` has the one of a cluster.
+"""
 
 import contextlib
 import os
 import pathlib
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
+import tqdm
 
-from experiments import interrupts, loop, workdir
+from experiments import child, interrupts, loop, workdir
 from mmjax import types
 
 STATUS_S = 30.0  # between two lines that say where the trainings are, without a terminal
@@ -52,48 +53,139 @@ def cores_as_devices() -> None:
       jax.config.update("jax_num_cpu_devices", min(cores, 8))  # each holds a copy of the split
 
 
-class _Child:
-  """A training in a process of its own; its output goes to a file, so that it never waits."""
+class Job(Protocol):
+  """A training that an engine has started; see `child.Child`."""
 
-  def __init__(self, training: Training, slot: int, core: int | None):
-    self.training, self.slot = training, slot
-    self.files = contextlib.ExitStack()
-    self.output, self.errors = (
-      self.files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
-      for _ in range(2)
-    )
-    command = [sys.executable, "-m", "experiments.train", f"--workdir={training.path}"]
-    # a session of its own: a Ctrl-C reaches it through us, once
-    self.process = subprocess.Popen(
-      command, stdout=self.output, stderr=self.errors, text=True, start_new_session=True
-    )
-    if core is not None:  # before it starts any thread
-      os.sched_setaffinity(self.process.pid, {core})
-    self.bar = loop.make_bar(training.epochs, position=slot, desc=training.name, leave=False)
+  def poll(self) -> child.Ended | None: ...
+  def stop(self) -> None: ...
+  def kill(self) -> None: ...
+
+
+class Engine(Protocol):
+  """What trains."""
+
+  @property
+  def count(self) -> int:
+    """How many trainings at a time."""
+    ...
+
+  def start(self, training: Training) -> Job:
+    """Starts one; its folder is prepared, or holds its last checkpoint."""
+    ...
+
+
+class Processes:
+  """The engine of this machine: a process per training, on a core of its own if there are several.
+
+  Args:
+    count: how many at a time.
+  """
+
+  def __init__(self, count: int):
+    self.count = count
+    self._cores = _cores() if count > 1 else []
+    self._started: list[tuple[int, child.Child]] = []
+
+  def start(self, training: Training) -> child.Child:
+    """See `Engine.start`."""
+    self._started = [(core, one) for core, one in self._started if one.runs()]
+    used = [core for core, _ in self._started]
+    core = min(self._cores, key=used.count, default=None)
+    started = child.Child(training.path, core)
+    if core is not None:
+      self._started.append((core, started))
+    return started
+
+
+class _Member(NamedTuple):
+  training: Training
+  job: Job
+  slot: int  # line of the terminal
+  bar: tqdm.tqdm
 
   def epochs(self) -> int:
     return len(workdir.history(self.training.path))
 
-  def show(self) -> None:
-    self.bar.update(self.epochs() - self.bar.n)
 
-  def end(self) -> tuple[str, str]:
-    """What it printed, and what went wrong."""
-    self.bar.close()
-    texts = []
-    for file in (self.output, self.errors):
-      file.seek(0)
-      texts.append(file.read())
-    self.files.close()
-    return texts[0], texts[1]
+class Crew:
+  """Trainings in progress: shows where they are, and passes a signal on to them.
+
+  Args:
+    engine: what trains.
+    watch: of signals.
+    below: lines of the terminal that others write to, above its own.
+  """
+
+  def __init__(self, engine: Engine, watch: interrupts.Watch, *, below: int = 0):
+    self._engine, self._watch, self._below = engine, watch, below
+    self._members: list[_Member] = []
+    self._told, self._passed_on = time.monotonic(), False
+    watch.on_abort = lambda: [member.job.kill() for member in self._members]
+
+  def __len__(self) -> int:
+    return len(self._members)
+
+  def is_free(self) -> bool:
+    """Whether one more may start."""
+    return len(self) < self._engine.count and self._watch.signal is None
+
+  def start(self, training: Training) -> None:
+    """Starts a training."""
+    used = {member.slot for member in self._members}
+    slot = next(n for n in range(len(used) + 1) if n not in used)
+    bar = loop.make_bar(
+      training.epochs, position=slot + self._below, desc=training.name, leave=False
+    )
+    self._members.append(_Member(training, self._engine.start(training), slot, bar))
+
+  def stop(self, training: Training) -> None:
+    """Asks a training to save and end."""
+    for member in self._members:
+      if member.training == training:
+        member.job.stop()
+
+  def wait(self) -> list[tuple[Training, child.Ended]]:
+    """The trainings that ended within this moment.
+
+    Raises:
+      Interrupted: when a signal came and nothing runs any more.
+    """
+    if self._watch.signal is not None and not self._members:
+      raise interrupts.Interrupted
+    time.sleep(0.1)
+    if self._watch.signal is not None and not self._passed_on:
+      self._passed_on = True
+      for member in self._members:
+        member.job.stop()
+    ended = []
+    for member in list(self._members):
+      if (how := member.job.poll()) is not None:
+        self._members.remove(member)
+        member.bar.close()
+        ended.append((member.training, how))
+      else:
+        member.bar.update(member.epochs() - member.bar.n)
+    self._tell()
+    return ended
+
+  def _tell(self) -> None:
+    """Without a terminal: a line now and then."""
+    if not self._members or not self._members[0].bar.disable:
+      return
+    if time.monotonic() - self._told > STATUS_S:
+      self._told = time.monotonic()
+      where = [
+        f"{m.training.name} epoch {m.epochs()} of {m.training.epochs}" for m in self._members
+      ]
+      print("; ".join(where), file=sys.stderr, flush=True)
 
 
-def run(trainings: Sequence[Training], count: int, watch: interrupts.Watch) -> None:
-  """Trains each run in its folder, on a core of its own where there are several processes.
+def run(trainings: Sequence[Training], engine: Engine, watch: interrupts.Watch) -> None:
+  """Trains each run in its folder.
 
   Args:
     trainings: the runs; a finished one ends at once.
-    count: how many at a time.
+    engine: what trains.
     watch: a signal is passed on to the trainings, which save and end.
 
   Raises:
@@ -101,40 +193,31 @@ def run(trainings: Sequence[Training], count: int, watch: interrupts.Watch) -> N
     UsageError: if one could not be trained as asked; the others are finished first.
     RuntimeError: if one failed otherwise, with its output.
   """
-  cores = _cores() if count > 1 else []
-  waiting, running, failed = list(trainings), [], []
-  watch.on_abort = lambda: [child.process.kill() for child in running]
-  free, told, passed_on = list(range(count)), time.monotonic(), False
-  while waiting or running:
-    while waiting and free and watch.signal is None:
-      slot = free.pop(0)
-      core = cores[slot % len(cores)] if cores else None
-      running.append(_Child(waiting.pop(0), slot, core))
-    time.sleep(0.1)
-    if watch.signal is not None and not passed_on:
-      passed_on = True
-      for child in running:
-        child.process.send_signal(signal.SIGTERM)
-    for child in [child for child in running if child.process.poll() is not None]:
-      running.remove(child)
-      free.append(child.slot)
-      output, errors = child.end()
-      if child.process.returncode == 0:
-        print(f"{child.training.name}: {output.splitlines()[0].removesuffix(' Next:')}", flush=True)
-      elif not passed_on:
-        failed.append((child.training, output, errors))
-    if watch.signal is not None and not running:
-      raise interrupts.Interrupted
-    for child in running:
-      child.show()
-    if running and time.monotonic() - told > STATUS_S and running[0].bar.disable:
-      told = time.monotonic()
-      where = [f"{c.training.name} epoch {c.epochs()} of {c.training.epochs}" for c in running]
-      print("; ".join(where), file=sys.stderr, flush=True)
-  for training, output, errors in failed:
-    command = f"python -m experiments.train --workdir={training.path}"
-    last = (errors.splitlines() or [""])[-1]
-    for mark in ("error: ", "Stopped: "):
-      if last.startswith(mark):
-        raise types.UsageError(f"{training.name}: {last.removeprefix(mark)}\n  {command}")
-    raise RuntimeError(f"{command}\n{output}\n{errors}")
+  crew, waiting, failed = Crew(engine, watch), list(trainings), []
+  while waiting or len(crew):
+    while waiting and crew.is_free():
+      crew.start(waiting.pop(0))
+    for training, ended in crew.wait():
+      if ended.code == 0:
+        print(f"{training.name}: {first_line(ended)}", flush=True)
+      elif watch.signal is None:
+        failed.append((training, ended))
+  if watch.signal is not None:
+    raise interrupts.Interrupted
+  for training, ended in failed:
+    raise failure(training, ended)
+
+
+def first_line(ended: child.Ended) -> str:
+  """What a training says of its result."""
+  return ended.output.splitlines()[0].removesuffix(" Next:")
+
+
+def failure(training: Training, ended: child.Ended) -> Exception:
+  """Why a training failed: a UsageError where the user can mend it, else a RuntimeError."""
+  command = f"python -m experiments.train --workdir={training.path}"
+  last = (ended.errors.splitlines() or [""])[-1]
+  for mark in ("error: ", "Stopped: "):
+    if last.startswith(mark):
+      return types.UsageError(f"{training.name}: {last.removeprefix(mark)}\n  {command}")
+  return RuntimeError(f"{command}\n{ended.output}\n{ended.errors}")

@@ -4,7 +4,6 @@ Shared by `robustness` (many systems) and `ablate` (one system with changes): th
 configs that these make, and the way from a study's results to the report.
 """
 
-import os
 import pathlib
 import shlex
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, processes, settings, study
+from experiments import build, cli, engines, processes, settings, study
 from experiments.report import page
 from mmjax import data, evaluate, masking, registry, types
 
@@ -70,9 +69,7 @@ def define(flag_values: flags.FlagValues) -> None:
     "Config entry of all variants, train.epochs=9, or of a model's, lnln/train.epochs=9;"
     " --config.train.epochs=9 is the same.",
   )
-  flags.DEFINE_integer(
-    "processes", os.cpu_count(), "Trainings at a time.", lower_bound=1, flag_values=flag_values
-  )
+  engines.define(flag_values)
 
 
 class Protocol:
@@ -90,6 +87,7 @@ class Protocol:
     self.seeds = cli.seeds("seeds", self._value["seeds"])
     self.mask_seeds = cli.seeds("mask_seeds", self._value["mask_seeds"])
     self._asked = cli.some_of("conditions", self._value["conditions"], CONDITIONS)
+    self._engine = engines.make(flag_values)
     self._valid_rate = cli.rate("valid_rate", self._value["valid_rate"])
     for text in self._value["set"]:
       model, separator, _ = settings.parse(text)[0].partition("/")
@@ -146,7 +144,7 @@ class Protocol:
     runs.check(self.conditions)
     for variant in variants:
       self._check_feature(runs.run(variant, self.seeds[0]), variant)
-    runs.train("processes", self._value["processes"])
+    runs.train("processes", self._engine)
     results = page.Results([], {}, {}, {})
     for one in runs.evaluate(self.conditions, self.mask_seeds, swapped=True):
       results.rows.extend(one.rows)

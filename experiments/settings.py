@@ -53,7 +53,12 @@ def module_of(name: str) -> python_types.ModuleType:
     )
   if path.resolve().parent == CONFIGS.resolve():
     return importlib.import_module(f"experiments.configs.{path.stem}")
-  spec = importlib.util.spec_from_file_location(path.stem, path)
+  return read_module(path)
+
+
+def read_module(path: str | pathlib.Path) -> python_types.ModuleType:
+  """Runs a Python file of the user's."""
+  spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

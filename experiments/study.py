@@ -114,40 +114,41 @@ class Study:
       if not all(workdir.is_done(self.path(variant, seed)) for seed in self.seeds):
         build.trace(runs[0])
 
-  def train(self, schedule: str, count: int) -> None:
+  def train(self, schedule: str, engine: processes.Engine) -> None:
     """Trains every run that is not finished; after a signal it exits, and the same command goes on.
 
     Args:
-      schedule: "processes": one for each run; "together": all seeds of a variant as one program;
-        "auto": together on accelerators.
-      count: processes at a time.
+      schedule: "processes": one for each run; "together": all seeds of a variant as one program,
+        here; "auto": together on this machine's accelerators.
+      engine: what trains the processes.
     """
     pairs = itertools.product(self.variants, self.seeds)
     left = [(v, seed) for v, seed in pairs if not workdir.is_done(self.path(v, seed))]
     if not left:
       return
     if schedule == "auto":
-      schedule = "processes" if jax.default_backend() == "cpu" else "together"
+      here = isinstance(engine, processes.Processes)
+      schedule = "together" if here and jax.default_backend() != "cpu" else "processes"
     told = "Stopping the trainings after this stretch of steps"
     with interrupts.Watch(told) as watch:
       try:
         if schedule == "together":
           self._train_together(left, watch)
         else:
-          self._train_in_processes(left, count, watch)
+          self._train_in_processes(left, engine, watch)
       except interrupts.Interrupted:
         assert watch.signal is not None
         print(f"Interrupted; saved in {self.root}. The same command goes on from there.")
         sys.exit(128 + watch.signal)
 
-  def _train_in_processes(self, left, count, watch) -> None:
+  def _train_in_processes(self, left, engine, watch) -> None:
     trainings = []
     for variant, seed in left:
       path, run = self.path(variant, seed), self.run(variant, seed)
       workdir.prepare(path, build.describe(run.config, self.data_dir), self.data_dir)
       name = f"{variant.name}, seed {seed}"
       trainings.append(processes.Training(name, path, run.config.train.epochs))
-    processes.run(trainings, count, watch)
+    processes.run(trainings, engine, watch)
 
   def _train_together(self, left, watch) -> None:
     for _, pairs in itertools.groupby(left, key=lambda pair: pair[0].folder):

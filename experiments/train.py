@@ -14,7 +14,7 @@ import sys
 import jax
 from absl import flags
 
-from experiments import build, cli, interrupts, loop, settings, trackers, workdir
+from experiments import build, child, cli, interrupts, loop, settings, trackers, workdir
 from mmjax import checkpoint, runs, train, types
 
 _FLAGS = flags.FlagValues()
@@ -47,6 +47,13 @@ _DISTRIBUTED = flags.DEFINE_string(
   " else COORDINATOR:PORT,PROCESSES,PROCESS. All see the same --workdir.",
   flag_values=_FLAGS,
 )
+_PARENT = flags.DEFINE_integer(
+  "parent",
+  None,
+  "Given by studies to their trainings: a pipe that closes when the study is gone.",
+  flag_values=_FLAGS,
+)
+LEFT_S = 60.0  # a training whose study died may need so long to be gone
 
 
 def join(hosts: str) -> None:
@@ -85,6 +92,9 @@ def read() -> tuple[settings.Config, str]:
 @cli.binary(_FLAGS, __doc__, required=["workdir"])
 def main():
   trackers.check(_TRACKER.value)
+  if _PARENT.value is not None:
+    child.end_with(_PARENT.value)
+    workdir.wait(_WORKDIR.value, LEFT_S)
   join(_DISTRIBUTED.value)
   config, data_dir = read()
   with interrupts.Watch() as watch:

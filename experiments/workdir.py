@@ -9,11 +9,14 @@ checkpoints/    the newest states (orbax), numbered by optimizer step
 lock            held by the process that trains; the system lets go of it when that ends
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
+import time
+import uuid
 from typing import Any
 
 import jax
@@ -94,7 +97,7 @@ def prepare(path: Path, asked: dict[str, Any], data_dir: Path) -> None:
     "data_dir": str(pathlib.Path(data_dir).absolute()),
     "versions": versions,
   }
-  _write_atomically(path / "config.json", json.dumps(found, indent=2) + "\n")
+  write_atomically(path / "config.json", json.dumps(found, indent=2) + "\n")
 
 
 class Workdir:
@@ -146,7 +149,7 @@ class Workdir:
     told = history(self.path)
     kept = [line for line in told if line["epoch"] < finished]
     self._tracker = self._make_tracker(trackers.Story(self.path, self._config, finished, len(told)))
-    _write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
+    write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
 
   def save(self, progress: train.Progress) -> None:
     """Saves the progress, unless that step is saved already."""
@@ -163,7 +166,7 @@ class Workdir:
       name: {"epoch": int(best.epoch), "score": float(best.score)}
       for name, best in progress.best.items()
     }
-    _write_atomically(self.path / "done.json", json.dumps(found) + "\n")
+    write_atomically(self.path / "done.json", json.dumps(found) + "\n")
 
   def log(self, report: train.EpochReport) -> None:
     """Appends an epoch to the log and to the tracker."""
@@ -206,6 +209,16 @@ def _lock(path: pathlib.Path) -> int:
   return lock
 
 
+def wait(path: Path, seconds: float) -> None:
+  """Waits while another process trains in a folder, at most so long."""
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    with contextlib.suppress(runs.RunError):
+      os.close(_lock(pathlib.Path(path)))
+      return
+    time.sleep(0.2)
+
+
 def _has_begun(path: pathlib.Path) -> bool:
   """Whether a checkpoint or a line of the log stands in a folder."""
   steps = path.glob("checkpoints/*")
@@ -216,8 +229,9 @@ def _as_json(tree: dict[str, Any]) -> dict[str, Any]:
   return json.loads(json.dumps(tree))  # as it will be read back
 
 
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-  draft = path.with_suffix(path.suffix + ".part")
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a file that is never seen half written."""
+  draft = path.with_suffix(f"{path.suffix}.{uuid.uuid4().hex[:8]}.part")  # several may write
   draft.write_text(text, encoding="utf-8")
   draft.replace(path)
 

@@ -28,6 +28,7 @@ from mmjax.types import (
 if TYPE_CHECKING:
   from mmjax import (
     checkpoint,
+    conversations,
     data,
     evaluate,
     files,
@@ -54,6 +55,7 @@ __version__ = "0.2.0"
 
 _MODULES = (
   "checkpoint",
+  "conversations",
   "data",
   "evaluate",
   "files",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mmjax import data, masking, metrics, parallel, types
+from mmjax import conversations, data, masking, metrics, parallel, types
 
 # Letters of missing sets, as in the tables of the field: l(anguage), a(udio), v(ision).
 LETTERS = {"l": 0, "a": 1, "v": 2}
@@ -97,6 +97,7 @@ def missing_condition(
 def _condition(kind, name, mask, rates) -> Condition:
   if not masking.takes_rate(mask):
     raise types.UsageError(f"conditions of rates need a mask with a rate, but {mask} has none.")
+  mask(rate=rates)  # what it refuses is told here, a traced rate passes
   return Condition(kind, name, mask, {"rate": rates})
 
 
@@ -148,7 +149,7 @@ def make_grid(
 
   Args:
     system: the model.
-    split: the split, N rows.
+    split: the split, N rows; of conversations if it has them, see `conversations.group`.
     conditions: C missing-data conditions.
     seeds: S mask seeds.
     batch_size: most rows predicted at once; it does not change the result.
@@ -163,30 +164,30 @@ def make_grid(
   seeds = np.asarray(list(seeds), np.uint32)
   if not len(conditions) or not len(seeds):
     raise types.UsageError("an evaluation needs at least one condition and one mask seed.")
-  rows = split.index.shape[0]
-  batch_size = -(-rows // -(-rows // batch_size))  # as many batches, and little to fill up
-  # rows of like lengths together: a recurrence stops at a batch's longest sequence
-  order = np.argsort(sum(getattr(split, m).valid.sum(1) for m in types.MODALITIES), kind="stable")
-  padded = data.pad_rows(data.take(split, order), batch_size)
-  batches = jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), padded)
-  held = functools.cache(lambda mesh: jax.device_put(batches, parallel.replicated(mesh)))
+  whole = conversations.is_grouped(split)
+  batches, order = (_conversation_batches if whole else _batches)(split, batch_size)
+  stored = (batches, split if whole else ())
+  held = functools.cache(lambda mesh: jax.device_put(stored, parallel.replicated(mesh)))
   families = _families(conditions)
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
-  def predict(mesh, family, params, extra, batches, settings, seeds):
+  def predict(mesh, family, params, extra, stored, settings, seeds):
     places = families[family].places
     count = len(places) * seeds.shape[0]
     cell = jnp.arange(count + -count % mesh.size) % count  # as many for each device
     condition, seed = cell // seeds.shape[0], cell % seeds.shape[0]
     cells = (jax.tree.map(lambda a: a[condition], settings), seeds[seed])
 
-    def some(cells, params, extra, batches):
+    def some(cells, params, extra, stored):
+      batches, split = stored
+
       def one(cell):
         settings, seed = cell
         key = _key(settings, seed)
         mask = families[family].mask(**settings)
 
         def predict_batch(batch):
+          batch = conversations.take(split, batch) if whole else batch
           return system.predict(params, masking.erase(mask(key, batch)), extra)[output]
 
         return jax.lax.map(predict_batch, batches)
@@ -196,9 +197,9 @@ def make_grid(
     own, all_ = PartitionSpec(parallel.AXIS), PartitionSpec()
     found = jax.shard_map(
       some, mesh=mesh, in_specs=(own, all_, all_, all_), out_specs=own, check_vma=False
-    )(cells, params, extra, batches)
+    )(cells, params, extra, stored)
     found = found[:count].reshape(len(places), seeds.shape[0], -1, *found.shape[3:])
-    return found[:, :, np.argsort(order)]
+    return found[:, :, order]
 
   def grid(params, extra):
     parts = []
@@ -210,6 +211,28 @@ def make_grid(
     return np.concatenate([np.asarray(part) for part in parts])[np.argsort(places)]
 
   return grid
+
+
+def _batches(split, batch_size) -> tuple[types.Batch, np.ndarray]:
+  """The split as batches [n, b, ...], and [N] where each sample is among all of their rows."""
+  rows = split.index.shape[0]
+  batch_size = -(-rows // -(-rows // batch_size))  # as many batches, and little to fill up
+  # rows of like lengths together: a recurrence stops at a batch's longest sequence
+  order = np.argsort(sum(getattr(split, m).valid.sum(1) for m in types.MODALITIES), kind="stable")
+  padded = data.pad_rows(data.take(split, order), batch_size)
+  batches = jax.tree.map(lambda a: a.reshape(-1, batch_size, *a.shape[1:]), padded)
+  return batches, np.argsort(order)
+
+
+def _conversation_batches(split, batch_size) -> tuple[np.ndarray, np.ndarray]:
+  """`_batches` of whole conversations, as rows of their table: the padding is made as they run."""
+  table = conversations.table(split)
+  count, length = table.shape
+  parts = -(-count // max(batch_size // length, 1))
+  size = -(-count // parts)
+  table = np.pad(table, ((0, parts * size - count), (0, 0)), constant_values=-1)
+  where = np.flatnonzero(table >= 0)
+  return table.reshape(parts, size, length), where[np.argsort(table.ravel()[where])]
 
 
 class _Family(NamedTuple):

@@ -127,17 +127,19 @@ class LSTM(nn.Module):
   Attributes:
     features: H.
     reverse: scan from the last step to the first.
+    recurrent_init: of w_hh; U(±1/√H) by default.
   """
 
   features: int
   reverse: bool = False
+  recurrent_init: Callable | None = None
 
   @nn.compact
   def weights(self, width: int) -> recurrence.Weights:
     """(w_ih [D, 4H], w_hh [H, 4H], the sum of both biases [4H]) for D = `width`."""
     hidden, init = self.features, uniform(1 / math.sqrt(self.features))
     w_ih = self.param("w_ih", init, (width, 4 * hidden))
-    w_hh = self.param("w_hh", init, (hidden, 4 * hidden))
+    w_hh = self.param("w_hh", self.recurrent_init or init, (hidden, 4 * hidden))
     bias = self.param("b_ih", init, (4 * hidden,)) + self.param("b_hh", init, (4 * hidden,))
     return w_ih, w_hh, bias
 
@@ -167,16 +169,18 @@ def _valid_steps(x: Array, valid: Array | None) -> Array:
 
 
 class BiLSTM(nn.Module):
-  """Bidirectional nn.LSTM of one layer; `features` is H per direction."""
+  """Bidirectional nn.LSTM of one layer; `features` is H per direction, see `LSTM`."""
 
   features: int
+  recurrent_init: Callable | None = None
 
   @nn.compact
   def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, tuple[Array, Array]]:
     """[B, L, D] -> outputs [B, L, 2H] and the final states (forward, backward), [B, H] each."""
     chex.assert_rank(x, 3)
     forward, backward = (
-      LSTM(self.features, name=name).weights(x.shape[-1]) for name in ("forward", "backward")
+      LSTM(self.features, recurrent_init=self.recurrent_init, name=name).weights(x.shape[-1])
+      for name in ("forward", "backward")
     )
     outputs, finals = recurrence.bilstm(x.swapaxes(0, 1), _valid_steps(x, valid), forward, backward)
     return jnp.concatenate(outputs, -1).swapaxes(0, 1), finals
@@ -188,17 +192,19 @@ class GRU(nn.Module):
   Attributes:
     features: H.
     reverse: scan from the last step to the first.
+    recurrent_init: of w_hh; U(±1/√H) by default.
   """
 
   features: int
   reverse: bool = False
+  recurrent_init: Callable | None = None
 
   @nn.compact
   def __call__(self, x: Array, valid: Array) -> Array:
     """x [B, L, D], valid [B, L] -> outputs [B, L, H], zero on padding."""
     hidden, init = self.features, uniform(1 / math.sqrt(self.features))
     w_ih = self.param("w_ih", init, (x.shape[-1], 3 * hidden))
-    w_hh = self.param("w_hh", init, (hidden, 3 * hidden))
+    w_hh = self.param("w_hh", self.recurrent_init or init, (hidden, 3 * hidden))
     b_ih, b_hh = (self.param(name, init, (3 * hidden,)) for name in ("b_ih", "b_hh"))
     return recurrence.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse=self.reverse)
 
@@ -208,14 +214,17 @@ class BiGRU(nn.Module):
 
   features: int
   depth: int
+  recurrent_init: Callable | None = None
 
   @nn.compact
   def __call__(self, x: Array, valid: Array) -> Array:
     """[B, L, D] -> [B, L, 2H]."""
     for n in range(self.depth):
-      forward = GRU(self.features, name=f"forward_{n}")(x, valid)
-      backward = GRU(self.features, reverse=True, name=f"backward_{n}")(x, valid)
-      x = jnp.concatenate([forward, backward], -1)
+      both = [
+        GRU(self.features, name == "backward", self.recurrent_init, name=f"{name}_{n}")(x, valid)
+        for name in ("forward", "backward")
+      ]
+      x = jnp.concatenate(both, -1)
     return x
 
 

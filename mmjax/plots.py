@@ -164,3 +164,48 @@ def matrices(
     panel.set_xticks(range(len(names)), names, fontsize=6)
     panel.set_yticks(range(len(names)), names, fontsize=6)
   return _save(drawn, path)
+
+
+def search_history(
+  values: Mapping[int, float], path: str | pathlib.Path, label: str, better: str
+) -> pathlib.Path:
+  """Draws what each trial of a search reached, and the best so far.
+
+  Args:
+    values: number of a trial -> its value.
+    path: where to write the figure; its suffix picks the format.
+    label: what the values are.
+    better: "min" or "max".
+
+  Returns:
+    The path.
+  """
+  drawn, (panel,) = _figure(1, size=(5.6, 3.6))
+  numbers = sorted(values)
+  found = [values[n] for n in numbers]
+  best = {"min": np.minimum, "max": np.maximum}[better].accumulate(found)
+  panel.scatter(numbers, found, s=14, color=COLORS[0], label="trial")
+  panel.step(numbers, best, where="post", color=COLORS[1], label="best so far")
+  panel.set_xlabel("trial")
+  panel.set_ylabel(label)
+  panel.grid(alpha=0.25)
+  panel.legend(frameon=False)
+  return _save(drawn, path)
+
+
+def importance(shares: Mapping[str, float], path: str | pathlib.Path) -> pathlib.Path:
+  """Draws how much of a search's differences each setting explains.
+
+  Args:
+    shares: setting -> share of the variance.
+    path: where to write the figure; its suffix picks the format.
+
+  Returns:
+    The path.
+  """
+  drawn, (panel,) = _figure(1, size=(5.6, 1.2 + 0.3 * len(shares)))
+  names = sorted(shares, key=lambda name: shares[name])
+  panel.barh(names, [shares[name] for name in names], color=COLORS[0])
+  panel.set_xlabel("share of the differences between trials")
+  panel.grid(alpha=0.25, axis="x")
+  return _save(drawn, path)

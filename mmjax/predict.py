@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mmjax import check, data, evaluate, masking, runs, types
+from mmjax import check, conversations, data, evaluate, masking, runs, types
 
 
 class Inputs(NamedTuple):
@@ -22,7 +22,8 @@ class Inputs(NamedTuple):
 
   Attributes:
     batch: N rows with the shapes of the run's spec; labels are 0. A modality that a file lacks is
-      there with every step missing, as evaluation has it.
+      there with every step missing, as evaluation has it. For a run that reads conversations,
+      grouped by the video in the ids.
     ids: N names; of the file, split and row where there are none.
     splits: N names of the splits; "" where the file has none.
     found: modality -> [N] bool, whether the row has any of it: a step that is not all zeros, a
@@ -59,13 +60,42 @@ def prepare(found: Any, path: str, reading: runs.Reading) -> Inputs:
   parts = [_prepare(fields, path, split, reading) for split, fields in splits.items()]
   batch = jax.tree.map(lambda *rows: np.concatenate(rows), *(part.batch for part in parts))
   batch = batch._replace(index=np.arange(len(batch.index), dtype=np.int32))
-  return Inputs(
+  inputs = Inputs(
     data.scale(batch, reading.moments),
     [name for part in parts for name in part.ids],
     [name for part in parts for name in part.splits],
     {m: np.concatenate([part.found[m] for part in parts]) for m in types.MODALITIES},
     list(dict.fromkeys(note for part in parts for note in part.notes)),
   )
+  return _group(inputs, splits, path, reading) if reading.turns else inputs
+
+
+def _group(inputs, splits, path, reading) -> Inputs:
+  """Tells the conversations of the samples, as `conversations.group` does it in training."""
+  names, lone, speakers = [], [], reading.speakers
+  for name, split in zip(inputs.ids, inputs.splits, strict=True):
+    # a name that we gave holds a number, but no video; nor did any id of the training, maybe
+    known = reading.turns > 1 and splits[split].get("id") is not None
+    one = conversations.parse(name) if known else None
+    if one and one.speaker and speakers and one.speaker not in speakers:
+      expected = f"one of {', '.join(speakers)}, who speak in the training's data"
+      check.fail(path, split, "id", found=f"the speaker of {name!r}", expected=expected)
+    if one is None:
+      lone.append(name)
+    else:
+      speaker = one.speaker if speakers else ""
+      one = one._replace(video=f"{split}/{one.video}", speaker=speaker)
+    names.append(one)
+  columns = conversations.columns(names, speakers)
+  count = columns["conversation"].max() + 1
+  notes = [f"{len(names)} utterances of {count} conversations, by the videos in their ids"]
+  if lone:
+    notes.append(
+      f"{len(lone)} ids hold no video, such as {lone[0]!r}: each of these utterances is a"
+      " conversation of its own (expected are ids like video$_$3, video_3 or video[3])"
+    )
+  batch = inputs.batch._replace(info={**inputs.batch.info, **columns})
+  return inputs._replace(batch=batch, notes=inputs.notes + notes)
 
 
 def _prepare(fields: Mapping[str, Any], path: str, split: str, reading: runs.Reading) -> Inputs:

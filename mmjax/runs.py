@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import bert, checkpoint, data, models, types
+from mmjax import bert, checkpoint, conversations, data, models, types
 
 FORMAT = 2  # of the folder
 _SPEC = "spec.json"
@@ -36,6 +36,8 @@ class Reading(NamedTuple):
     drop: modalities that are never seen.
     select: "split/metric" names that picked the epochs; the first one's counts.
     bert: the sizes of a BERT that came from a folder, which is not needed any more; or nothing.
+    turns: utterances of the longest conversation of the training; 0: it reads no conversations.
+    speakers: who speaks in the conversations.
   """
 
   spec: types.Spec
@@ -44,6 +46,8 @@ class Reading(NamedTuple):
   drop: tuple[str, ...]
   select: tuple[str, ...]
   bert: Mapping[str, Any]
+  turns: int = 0
+  speakers: tuple[str, ...] = ()
 
 
 class Trained(NamedTuple):
@@ -96,7 +100,7 @@ def reading_of(
   """How a run reads data.
 
   Args:
-    dataset: that it trains on.
+    dataset: that it trains on, grouped if it reads conversations.
     model: the config's section.
     drop: modalities that it never sees.
     select: of the recipe.
@@ -107,7 +111,11 @@ def reading_of(
     sizes = {**bert.setup(given).config._asdict(), "from_scratch": True}
   count = dataset.spec.num_classes
   named = dataset.classes if len(dataset.classes) == count else map(str, range(count))
-  return Reading(dataset.spec, dataset.moments, tuple(named), tuple(drop), tuple(select), sizes)
+  found = Reading(dataset.spec, dataset.moments, tuple(named), tuple(drop), tuple(select), sizes)
+  if isinstance(dataset.train, types.Batch) and conversations.is_grouped(dataset.train):
+    turns, speakers = dataset.train.info["turn"], conversations.speakers(dataset.ids)
+    found = found._replace(turns=int(turns.max()) + 1, speakers=tuple(speakers))
+  return found
 
 
 def write_reading(path: Path, reading: Reading) -> None:
@@ -142,8 +150,8 @@ def read_reading(path: Path) -> Reading:
   spec = {**found["spec"], "label_range": tuple(found["spec"]["label_range"])}
   spec |= {name: types.ModalitySpec(**spec[name]) for name in types.MODALITIES}
   moments = {m: data.as_moments(*parts) for m, parts in found["moments"].items()}
-  lists = {name: tuple(found[name]) for name in ("classes", "drop", "select")}
-  return Reading(types.Spec(**spec), moments, bert=found["bert"], **lists)
+  lists = {name: tuple(found[name]) for name in ("classes", "drop", "select", "speakers")}
+  return Reading(types.Spec(**spec), moments, bert=found["bert"], turns=found["turns"], **lists)
 
 
 def read_best(path: Path, template: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def export(
   Raises:
     UsageError: if the model reads whole conversations, or cannot do with any number of rows.
   """
-  if getattr(run.system, "conversations", False):
+  if run.system.conversations:
     raise types.UsageError(
       "this model reads whole conversations, whose shapes a served batch does not tell: predict"
       " with `python -m experiments.predict`."

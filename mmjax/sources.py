@@ -1,6 +1,7 @@
 """Training splits as the trainer sees them: they hold the rows, and run the steps over them.
 
-`Resident` lies on the device, where an epoch is one program; `stream.Stream` stays on disk.
+`Resident` and `Conversations` lie on the device, where an epoch is one program; `stream.Stream`
+stays on disk.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmjax import parallel, types
+from mmjax import conversations, parallel, types
 
 # `(state, sums, batch, key) -> (state, sums, finite)`: one step, its metrics added to the sums.
 Advance = Callable[[types.TrainState, Any, types.Batch, types.PRNGKey], tuple]
@@ -22,9 +23,8 @@ Steps = Callable[..., tuple[types.TrainState, Any, Any]]
 class Source(types.Source, Protocol):
   """What the trainer asks of a training split beside `rows` and `read`."""
 
-  @property
-  def example(self) -> types.Batch:
-    """Some rows, for their shapes and types."""
+  def shapes(self, rows: int) -> types.Batch:
+    """The shapes and types of a batch of so many samples, or conversations."""
     ...
 
   def place(self, mesh: Mesh | None) -> "Source":
@@ -69,10 +69,9 @@ class Resident(NamedTuple):
     """N."""
     return self.batch.index.shape[0]
 
-  @property
-  def example(self) -> types.Batch:
-    """The split itself."""
-    return self.batch
+  def shapes(self, rows: int) -> types.Batch:
+    """See `Source.shapes`."""
+    return shapes(self.batch, rows)
 
   def read(self) -> types.Batch:
     """The split itself."""
@@ -93,36 +92,104 @@ class Resident(NamedTuple):
   ) -> Steps:
     """See `Source.make_steps`; any number of steps is one program, the bounds are traced."""
 
-    def steps(state, sums, data, key, epoch, start, stop):
-      orders = jax.vmap(lambda k: jax.random.permutation(k, data.index.shape[0]))(
-        jax.random.split(order_key(key, epoch), draws)
-      )
+    def take(data, rows):
+      return jax.tree.map(lambda a: a[rows], data)
 
-      def unfinished(carry):
-        _, _, at, finite = carry
-        return (at < stop) & finite
+    return _make_steps(self.batch, self.rows, take, advance, batch_size, draws, mesh, together)
 
-      def body(carry):
-        state, sums, at, _ = carry
-        rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
-        batch = jax.tree.map(lambda a: a[rows.reshape(-1)], data)
-        state, sums, finite = advance(state, sums, batch, key)
-        return state, sums, at + 1, finite
 
-      state, sums, _, finite = jax.lax.while_loop(
-        unfinished, body, (state, sums, start, jnp.bool_(True))
-      )
-      return state, sums, finite
+class Conversations(NamedTuple):
+  """A training split in memory that is passed conversation by conversation.
 
-    if together:
-      steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
-    program = parallel.jit(steps, mesh, donate_argnums=(0, 1))
-    return lambda state, sums, *when: program(state, sums, self.batch, *when)
+  A batch has U rows for each of them, see `conversations.take`.
+
+  Attributes:
+    batch: the whole split, N rows, with the columns of `conversations.group`.
+    table: [V, U] of `conversations.table`.
+  """
+
+  batch: types.Batch
+  table: Any
+
+  @property
+  def rows(self) -> int:
+    """V, the number of conversations."""
+    return self.table.shape[0]
+
+  def shapes(self, rows: int) -> types.Batch:
+    """See `Source.shapes`."""
+    example = jax.eval_shape(conversations.take, self.batch, self.table[:1])
+    return shapes(example, rows * self.table.shape[1])
+
+  def read(self) -> types.Batch:
+    """The split, N utterances."""
+    return self.batch
+
+  def place(self, mesh: Mesh | None) -> "Conversations":
+    """The split on the device, or on each one of the mesh."""
+    return Conversations(*parallel.replicate(tuple(self), mesh))
+
+  def make_steps(
+    self,
+    advance: Advance,
+    batch_size: int,
+    draws: int,
+    *,
+    mesh: Mesh | None = None,
+    together: bool = False,
+  ) -> Steps:
+    """See `Source.make_steps`; any number of steps is one program, the bounds are traced."""
+
+    def take(data, rows):
+      return conversations.take(data.batch, data.table[rows])
+
+    return _make_steps(self, self.rows, take, advance, batch_size, draws, mesh, together)
+
+
+def shapes(example: types.Batch, rows: int) -> types.Batch:
+  """The shapes of a batch of so many rows like those of an example."""
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype)),
+    example,
+  )
+
+
+def _make_steps(data, count, take, advance, batch_size, draws, mesh, together) -> Steps:
+  """Steps over permutations of `count`, of which `take(data, rows [draws · B])` makes batches."""
+
+  def steps(state, sums, data, key, epoch, start, stop):
+    orders = jax.vmap(lambda k: jax.random.permutation(k, count))(
+      jax.random.split(order_key(key, epoch), draws)
+    )
+
+    def unfinished(carry):
+      _, _, at, finite = carry
+      return (at < stop) & finite
+
+    def body(carry):
+      state, sums, at, _ = carry
+      rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
+      state, sums, finite = advance(state, sums, take(data, rows.reshape(-1)), key)
+      return state, sums, at + 1, finite
+
+    state, sums, _, finite = jax.lax.while_loop(
+      unfinished, body, (state, sums, start, jnp.bool_(True))
+    )
+    return state, sums, finite
+
+  if together:
+    steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
+  program = parallel.jit(steps, mesh, donate_argnums=(0, 1))
+  return lambda state, sums, *when: program(state, sums, data, *when)
 
 
 def as_source(train: types.Batch | Source) -> Source:
-  """A split in memory as a source; every other source as it is."""
-  return Resident(train) if isinstance(train, types.Batch) else train
+  """A split in memory as a source, of its conversations if it is grouped; others as they are."""
+  if not isinstance(train, types.Batch):
+    return train
+  if conversations.is_grouped(train):
+    return Conversations(train, conversations.table(train))
+  return Resident(train)
 
 
 # The constant that is folded into a run's key for the order of its data.

@@ -39,6 +39,10 @@ class Stream(NamedTuple):
     columns = data.read_columns(self.builder, "train")
     return self._batch(np.arange(self.rows), columns)
 
+  def shapes(self, rows: int) -> types.Batch:
+    """See `sources.Source.shapes`."""
+    return sources.shapes(self.example, rows)
+
   def place(self, mesh: Mesh | None) -> "Stream":
     """The stream itself: each batch is placed when it is read."""
     del mesh

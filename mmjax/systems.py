@@ -70,8 +70,9 @@ class Model(NamedTuple):
 
   Attributes:
     init: `(key, spec) -> (params, extra)`; `extra` holds its collections alone.
-    apply: `(params, batch, extra, key=None, train=False) -> (out, extra)`; dropout is on where
-      there is a key, `train` moves the collections and is told to the network.
+    apply: `(params, batch, extra, key=None, train=False, **inputs) -> (out, extra)`; dropout is on
+      where there is a key, `train` moves the collections and is told to the network, which gets
+      the inputs beside the batch.
   """
 
   init: Callable[[types.PRNGKey, types.Spec], tuple[types.Params, types.Extra]]
@@ -121,12 +122,13 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
       raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")
     return _with_weights(params, encoder), variables
 
-  def apply(params, batch, extra, key=None, train=False):
+  def apply(params, batch, extra, key=None, train=False, **inputs):
     module = network.clone(num_outputs=_num_outputs(params, head))
     variables = {"params": params} | {name: extra[name] for name in collections}
     rngs = None if key is None else {"dropout": key}
     mutable = list(collections) if train else []
-    out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **told(train))
+    inputs |= told(train)
+    out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **inputs)
     return out, {**extra, **changed}
 
   return Model(init, apply)

@@ -21,7 +21,7 @@ from mmjax import types
 Rules = Sequence[tuple[str, str | None]]
 
 # Endings of PyTorch's LSTM parameters -> ours.
-_LSTM = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "bias_hh_l0": "b_hh"}
+LSTM = {"weight_ih_l0": "w_ih", "weight_hh_l0": "w_hh", "bias_ih_l0": "b_ih", "bias_hh_l0": "b_hh"}
 _TRANSPOSED = ("w_ih", "w_hh")
 
 
@@ -110,7 +110,7 @@ def _to_array(tensor: Any) -> np.ndarray:
 def lstm_rules(prefix: str, path: str, *, bidirectional: bool) -> Rules:
   """Rules for an nn.LSTM of one layer at the regex `prefix`: a `BiLSTM` or `LSTM` at `path`."""
   rules = []
-  for name, leaf in _LSTM.items():
+  for name, leaf in LSTM.items():
     if bidirectional:
       rules += [
         (rf"{prefix}\.{name}", f"{path}/forward/{leaf}"),
@@ -124,7 +124,7 @@ def lstm_rules(prefix: str, path: str, *, bidirectional: bool) -> Rules:
 def gru_rules(prefix: str, path: str) -> Rules:
   """Rules for a bidirectional nn.GRU at the regex `prefix`: a `BiGRU` at `path`."""
   rules = []
-  for name, leaf in _LSTM.items():
+  for name, leaf in LSTM.items():
     name = name.replace("_l0", r"_l(\d+)")
     rules += [
       (rf"{prefix}\.{name}", rf"{path}/forward_\1/{leaf}"),

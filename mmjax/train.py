@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
       trained.
     optimizers: of each phase, by its name. Those that read `value`, `grad` or `value_fn` in
       their update get them.
-    batch_size: B, samples of one draw.
+    batch_size: B, samples of one draw; conversations, where the split is grouped in them.
     epochs: number of epochs; each passes every draw's permutation of the data once.
     select: "split/metric" names, each of which keeps the parameters of its own best epoch; the
       first one drives the patience and plateau schedules. `metrics.METRICS` tells in which
@@ -222,11 +222,7 @@ def start(
   _check_recipe(recipe, source)
   better = [_direction(name) for name in recipe.select]
   state = create(recipe, spec, key)
-  rows = min(recipe.batch_size, source.rows) * recipe.method.draws
-  batch = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype)),
-    source.example,
-  )
+  batch = source.shapes(min(recipe.batch_size, source.rows) * recipe.method.draws)
   sums = {}
   for phase in recipe.system.phases:
     _, metrics = jax.eval_shape(make_step(recipe, phase), state, batch, key)

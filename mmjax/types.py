@@ -78,8 +78,9 @@ class Batch(NamedTuple):
     text, audio, vision: the modalities.
     label: [B] float sentiment (regression) or int32 class.
     index: [B] int32, the sample's row in its split: keys its masks and its table entries.
-    info: further arrays [B, ...], such as "label_text" (SIMS) or "segment_ids"; what a loss of
-      your own needs of each sample, such as a weight, belongs here.
+    info: further arrays [B, ...], such as "label_text" (SIMS), "segment_ids", or of whole
+      conversations "place" and "speaker" (see `conversations`); what a loss of your own needs of
+      each sample, such as a weight, belongs here.
   """
 
   text: Modality
@@ -88,6 +89,20 @@ class Batch(NamedTuple):
   label: Array
   index: Array
   info: dict[str, Array]
+
+
+def places(batch: Batch) -> Array:
+  """How the samples of a batch lie in conversations.
+
+  Args:
+    batch: B samples. In a batch of whole conversations each one has U rows, one after the other,
+      and `info["place"]`; in any other every sample is a conversation of its own, U = 1.
+
+  Returns:
+    [B, U] bool, True at the sample's place in its conversation; rows of padding are all False.
+  """
+  place = batch.info.get("place")
+  return jnp.ones((batch.index.shape[0], 1), bool) if place is None else place
 
 
 class ModalitySpec(NamedTuple):
@@ -227,7 +242,7 @@ class Source(Protocol):
 
   @property
   def rows(self) -> int:
-    """N, the number of samples."""
+    """The number of samples, N, or of conversations, that an epoch passes."""
     ...
 
   def read(self) -> Batch:
@@ -270,11 +285,14 @@ class System(NamedTuple):
       (logits), "feature" the fused representation [B, D] behind it, the other entries are the
       model's named intermediates. No randomness.
     phases: the training phases, one for most systems.
+    conversations: whether it reads whole conversations (see `conversations.group`), so that a
+      batch size counts them and not utterances.
   """
 
   init: Callable[[PRNGKey, Spec], tuple[Params, Extra]]
   predict: Callable[[Params, Batch, Extra], dict[str, Array]]
   phases: tuple[Phase, ...]
+  conversations: bool = False
 
   @property
   def loss(self) -> LossFn:

@@ -20,8 +20,10 @@ MASKS = {
   "bernoulli": masking.bernoulli((0.0, 1.0), complete_share=0.5),
   "drop": masking.drop(("text", "vision")),
   "random_drop": masking.random_drop(),
+  "gcnet": masking.gcnet((0.1, 0.6)),
   "mixture": masking.mixture([masking.span(0.3), masking.drop(("audio",))]),
   "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
+  "msm": masking.msm(),
 }
 
 
@@ -29,7 +31,9 @@ DRAWN = {
   "bernoulli": [1023, 1023, 1023, 176, 1023, 1023, 1018, 1023],
   "compose": [127, 571, 575, 967, 911, 993, 31, 760],
   "drop": [1023, 1023, 1023, 1023, 1023, 1023, 1023, 1023],
+  "gcnet": [0, 1023, 0, 1023, 1023, 1023, 0, 1023],
   "mixture": [0, 575, 575, 967, 911, 995, 0, 0],
+  "msm": [0, 1019, 239, 7, 0, 0, 0, 767],
   "random_drop": [1023, 1023, 0, 0, 0, 1023, 1023, 1023],
   "span": [899, 1016, 1008, 31, 995, 896, 903, 960],
 }
@@ -288,6 +292,34 @@ def drawn_subsets(mask):
   return np.bincount(np.stack(gone, 1) @ [1, 2, 4], minlength=8) / rows
 
 
+def test_gcnets_masks_keep_one_modality_and_the_others_by_the_rate():
+  keep = 1 - 1.5 * 0.4  # of each modality beside the one that stays
+  one, two = 2 / 3 * keep * (1 - keep), (1 - keep) ** 2 / 3
+  chance = [keep**2, one, one, two, one, two, two, 0]
+  found = drawn_subsets(masking.gcnet(0.4))
+  np.testing.assert_allclose(found, chance, atol=0.025)
+  shares = [np.array([bin(s).count("1") for s in range(8)]) @ x / 3 for x in (chance, found)]
+  np.testing.assert_allclose(shares, 0.4, atol=0.015)
+  assert drawn_subsets(masking.gcnet(0.0))[0] == 1
+  assert drawn_subsets(masking.gcnet(0.7))[[3, 5, 6]] == pytest.approx(1 / 3, abs=0.025)
+  # whole modalities, as the conditions of missing sets ask for
+  assert drawn_subsets(masking.gcnet({"text": 1.0}))[1] == 1
+  assert drawn_subsets(masking.gcnet({"text": 1.0, "vision": 1.0}))[5] == 1
+
+
+def test_gcnets_masks_of_an_interval_share_a_samples_rate():
+  """At rates 0 and 2/3 nothing or two modalities go; between, samples lose 0, 1 or 2."""
+  found = drawn_subsets(masking.gcnet((0.0, 0.6)))
+  # E[(1 - 3/2 r)²] for r uniform below 0.6: with rates of their own it would be 0.3025
+  assert found[0] == pytest.approx((1 - 0.1**3) / (3 * 0.9), abs=0.025) and found[7] == 0
+
+
+@pytest.mark.parametrize("rate", [0.71, (0.8, 0.9), {"text": 0.8, "audio": 0.8, "vision": 1.0}])
+def test_gcnets_masks_refuse_rates_that_take_everything(rate):
+  with pytest.raises(types.UsageError, match="no more than 2/3"):
+    masking.gcnet(rate)
+
+
 def test_random_drop_draws_its_subsets_equally_or_by_rate():
   np.testing.assert_allclose(drawn_subsets(masking.random_drop()), [0, *[1 / 6] * 6, 0], atol=0.02)
   p = 0.3
@@ -316,6 +348,29 @@ def test_random_drop_takes_rates_of_its_modalities_and_intervals():
   found = drawn_subsets(masking.random_drop(rates, subsets=masking.SUBSETS))
   expected = [0, 0, 0.8 * 0.5, 0.2 * 0.5, 0, 0, 0.8 * 0.5, 0.2 * 0.5]
   np.testing.assert_allclose(found, expected, atol=0.025)
+
+
+def test_msm_leaves_each_set_equally_often_and_drops_steps_of_what_it_leaves():
+  """The number of 20 steps that p ~ U(0, 1) drops is uniform on 0 … 20."""
+  batch, length = many(), 20
+  seen = np.stack([s[..., 0] for s in seen_of(draw(masking.msm(), batch, 8)).values()], 1)
+  lost = length - seen.sum(-1)  # [4000, 3]
+  whole = lost == length
+  # a modality that is left may lose all of its steps, too: one case in 21
+  chance = np.zeros(8)
+  for gone in range(7):
+    for more in (more for more in range(8) if more & gone == gone):
+      added, kept = (more & ~gone).bit_count(), 3 - more.bit_count()
+      chance[more] += (1 / 21) ** added * (20 / 21) ** kept / 7
+  np.testing.assert_allclose(np.bincount(whole @ [1, 2, 4], minlength=8) / 4000, chance, atol=0.02)
+  assert (np.bincount(lost[~whole], minlength=20) / (~whole).sum() < 0.08).all()
+  np.testing.assert_allclose(lost[~whole].mean(), 9.5, atol=0.2)
+  both = ~whole[:, 0] & ~whole[:, 1]  # p is drawn for each modality
+  assert abs(np.corrcoef(lost[both, 0], lost[both, 1])[0, 1]) < 0.08
+  fixed = draw(masking.msm(0.3, subsets=[("audio",)]), batch, 9)
+  rates = [missing_rate(s).mean() for s in seen_of(fixed).values()]
+  np.testing.assert_allclose(rates, [0.3, 1.0, 0.3], atol=0.01)
+  assert not masking.takes_rate(masking.msm)
 
 
 def test_a_mixture_draws_one_mask_for_each_sample_by_its_shares():
@@ -640,3 +695,17 @@ def test_observed_passes_no_gradient_through_the_unseen():
   m = draw(masking.span(0.5), make_batch(tokens=False), 0).audio
   grad = jax.grad(lambda x: (masking.observed(m._replace(x=x)) ** 2).sum())(m.x)
   np.testing.assert_array_equal(grad, jnp.where(m.seen, 2 * m.x, 0))
+
+
+def test_a_modality_is_present_while_anything_of_it_is_seen():
+  x, valid = np.ones((4, 4, 2), np.float32), np.arange(4) < np.array([[4], [4], [2], [0]])
+  seen = np.zeros((4, 4, 1), bool)
+  seen[0, 3], seen[2, 2] = True, True  # the last is padding
+  m = types.modality(x, valid, seen)
+  np.testing.assert_array_equal(masking.present(m), [True, False, False, False])
+  np.testing.assert_array_equal(masking.present(types.modality(x, valid)), [True] * 3 + [False])
+  ids = types.modality(np.ones((2, 4), np.int32), valid[:2])
+  batch = types.Batch(ids, ids, ids, np.zeros(2), np.arange(2), {})
+  key = jax.random.key(0)
+  assert not masking.present(masking.drop("text")(key, batch).text).any()  # [CLS], [SEP] stay
+  assert masking.present(masking.drop("text")(key, batch).audio).all()

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 import pytest
 
-from mmjax import masking, models, optim, recurrence, torch_import, types
-from mmjax.models import dmd
+from mmjax import masking, models, optim, recurrence, sources, torch_import, types
+from mmjax.models import cubemlp, dmd
 
 BERT = dict(
   vocab_size=110,
@@ -43,7 +43,19 @@ SETTINGS = {
     bert=BERT,
   ),
   "cenet": dict(bert=BERT),
+  "cubemlp": dict(
+    steps=7,
+    size=4,
+    encoder="lstm",  # compiles in half the time; parity has the others
+    hidden_sizes=((3, 2, 4), (2, 3, 3)),
+    out_sizes=((5, 3, 4), (2, 2, 3)),
+    project=(True, True),
+    bert=BERT,
+  ),
   "dmd": dict(size=4, heads=2, depth=1, kernel_sizes=(1, 3, 2), graph_sizes=(3, 2), bert=BERT),
+  "gcnet": dict(hidden_size=4, speakers=2, time_attention=True, bert=BERT),
+  "corrkd": dict(size=4, heads=2, depth=1, statistics_size=4, teacher_epochs=1, bert=BERT),
+  "hrlf": dict(size=4, heads=2, depth=1, teacher_epochs=1, bert=BERT),
   "lmf": dict(hidden_sizes=(4, 3, 4), rank=2, bert=BERT),
   "lnln": dict(
     size=4,
@@ -56,6 +68,7 @@ SETTINGS = {
     hyper_heads=2,
     bert=BERT,
   ),
+  "mctn": dict(size=3, bert=BERT),
   "misa": dict(hidden_size=4, bert=BERT),
   "mmim": dict(lstm_sizes=(3, 3), out_sizes=(4, 4), hidden_size=5, bert=BERT),
   "mmin": dict(
@@ -74,6 +87,9 @@ SETTINGS = {
     head_dropout=(0.1, 0.1, 0.1, 0.1),
     bert=BERT,
   ),
+  "smil": dict(
+    sizes=(3, 2, 3), hidden_size=4, centres=2, complete_share=0.5, pretrain_epochs=1, bert=BERT
+  ),
   "tetfn": dict(
     size=4, heads=2, lstm_sizes=(3, 2), head_sizes=(4, 3, 4, 3), head_dropout=(0.1,) * 4, bert=BERT
   ),
@@ -89,11 +105,27 @@ SETTINGS = {
     hidden_size=4,
     bert=BERT,
   ),
+  "transm": dict(size=4, heads=2, bert=BERT),
 }
 # Systems whose published code reads the frames of padding too.
-READS_PADDING = ("almt", "cenet", "dmd", "lmf", "lnln", "mmin", "mult", "tetfn", "tfn", "tfr_net")
+READS_PADDING = (
+  "almt",
+  "cenet",
+  "cubemlp",
+  "dmd",
+  "lmf",
+  "lnln",
+  "mctn",
+  "mmin",
+  "mult",
+  "tetfn",
+  "tfn",
+  "tfr_net",
+)
+# Systems whose authors publish no code for these data, so that no names are known.
+WITHOUT_CODE = ("corrkd", "hrlf", "smil", "transm")
 # Systems without any dropout of their own; BERT's is what is left.
-NO_DROPOUT = ("almt", "lnln")
+NO_DROPOUT = ("almt", "lnln", "mctn")
 # Systems that read as many frames of audio and vision as the text has tokens.
 PACKS_WITH_TEXT = ("misa",)
 
@@ -135,7 +167,7 @@ class Case:
   def __init__(self, name: str, tokens: bool, num_classes: int):
     self.name, self.spec = name, make_spec(tokens, num_classes)
     self.system = models.MODELS[name](**SETTINGS[name])
-    self.batch = make_batch(self.spec)
+    self.batch = self.make_batch()
     self.init = jax.jit(lambda key: self.system.init(key, self.spec))
     self.params, self.extra = self.init(make_key(0))
     self.traces = collections.Counter()
@@ -145,6 +177,13 @@ class Case:
       phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
       for phase in self.system.phases
     }
+
+  def make_batch(self, seed=0):
+    """`make_batch`; for a system of conversations, a conversation of two speakers."""
+    batch = make_batch(self.spec, seed)
+    if not self.system.conversations:
+      return batch
+    return batch._replace(info={"place": jnp.eye(ROWS, dtype=bool), "speaker": batch.index % 2})
 
   def counted(self, name, function):
     """Counts how often a function is traced."""
@@ -169,7 +208,20 @@ def make_case(name: str, kind: str) -> Case:
 
 
 # Systems whose programs take long to compile: for `pytest -m slow`, which CI runs too.
-LARGE = ("almt", "cenet", "dmd", "lnln", "mult", "tetfn", "tfr_net")
+LARGE = (
+  "almt",
+  "cenet",
+  "corrkd",
+  "dmd",
+  "gcnet",
+  "hrlf",
+  "lnln",
+  "mult",
+  "smil",
+  "tetfn",
+  "tfr_net",
+  "transm",
+)
 
 
 def all_cases():
@@ -222,6 +274,8 @@ def test_lists_and_tuples_make_the_same_system():
 
 def test_published_names_are_found_beside_the_model():
   for name in models.MODELS:
+    if name in WITHOUT_CODE:
+      continue
     rules = models.torch_rules(name, **SETTINGS[name])
     assert torch_import.ignored(["nonsense"], rules) == [] and len(rules) > 10
   at = r"C.module.4.weight"  # the second layer, behind a dropout's and a norm's number
@@ -229,8 +283,9 @@ def test_published_names_are_found_beside_the_model():
   for changes, found in ((dict(batch_norm=True), True), ({}, False)):
     rules = models.torch_rules("mmin", **changes)
     assert (torch_import.locate(params, at, rules) is not None) is found
-  with pytest.raises(types.UsageError, match="TORCH_RULES"):
-    models.torch_rules("toy:make_system")
+  for name in ("toy:make_system", *WITHOUT_CODE):
+    with pytest.raises(types.UsageError, match="TORCH_RULES"):
+      models.torch_rules(name)
 
 
 @pytest.mark.parametrize("name", ["misa", "self_mm", "mmim", "mmin", "tetfn"])
@@ -321,10 +376,11 @@ def test_phases_tell_whether_products_with_their_hessian_are_symmetric(name):
 
 def test_losses_and_gradients_are_finite(case):
   key, params, extra = make_key(0), case.params, case.extra
+  train = sources.Resident(case.batch)
   touched = jax.tree.map(lambda p: False, case.params)
   for epoch, phase in itertools.product((0, 1, 2), case.system.phases):
     if phase.on_epoch:  # generated labels start to move in the second epoch
-      params, extra = phase.on_epoch(params, extra, epoch, None)
+      params, extra = phase.on_epoch(params, extra, epoch, train)
     (value, aux), grads = case.gradients[phase.name](params, case.batch, key, extra)
     assert value.shape == ()
     assert np.isfinite(value)
@@ -344,7 +400,7 @@ def test_extra_keeps_its_structure(case):
 
 
 def test_another_batch_needs_no_other_program(case):
-  other = make_batch(case.spec, seed=1)
+  other = case.make_batch(seed=1)
   case.predict(case.params, case.batch, case.extra)
   case.predict(case.params, other, case.extra)
   for phase in case.system.phases:
@@ -443,3 +499,68 @@ def test_misa_packs_with_the_lengths_that_it_is_told():
 def test_dmds_margin_grows_with_the_distance_of_labels(label, expected):
   feature = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
   np.testing.assert_allclose(dmd.margin_loss(feature, jnp.array(label)), expected, rtol=1e-6)
+
+
+def test_cubemlp_composes_and_centres_as_published():
+  cube = jnp.arange(24.0).reshape(1, 2, 3, 4)  # an entry is 12 step + 4 modality + channel
+  both = cubemlp.compose(cube, "cat", "cat")[0]
+  np.testing.assert_array_equal(both[:12], [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7])
+  np.testing.assert_array_equal(cubemlp.compose(cube, "mean", "cat")[0], np.arange(12) + 6)
+  np.testing.assert_array_equal(cubemlp.compose(cube, "mean", "mean")[0], np.arange(4) + 10)
+  centred = cubemlp.centred(jnp.array([[[1.0], [2.0]]]), 5)
+  np.testing.assert_array_equal(centred[0, :, 0], [0, 1, 2, 0, 0])
+
+
+def test_cubemlps_cube_has_zeros_for_what_is_missing_as_a_whole():
+  case = make_case("cubemlp", "classification")
+  for missing, name in enumerate(types.MODALITIES):
+    cube = case.predict(case.params, masking.drop(name)(make_key(0), case.batch), {})["cube"]
+    empty = np.abs(cube).max((0, 1, 3)) == 0
+    assert list(empty) == [n == missing for n in range(3)]
+
+
+def test_cubemlp_refuses_sizes_that_a_residual_cannot_take():
+  sizes = ((5, 3, 4),)
+  make = functools.partial(cubemlp.make, steps=7, size=4, hidden_sizes=sizes, out_sizes=sizes)
+  with pytest.raises(ValueError, match="only a block that projects"):
+    jax.eval_shape(lambda: make(project=(False,)).init(make_key(0), make_spec(False, 0)))
+  for settings in (dict(encoder="rnn"), dict(project=(True, True)), dict(pack="mine")):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+      make(**{"project": (True,), **settings})
+
+
+@pytest.mark.parametrize("over", ["time", "batch"])
+def test_mctn_mixes_the_samples_of_a_batch_only_over_the_batch(over):
+  case = make_case("mctn", "regression")
+  predict = case.predict
+  if over == "batch":
+    predict = jax.jit(models.MODELS["mctn"](**SETTINGS["mctn"], over="batch").predict)
+  x = case.batch.text.x
+  other = case.batch._replace(text=case.batch.text._replace(x=x.at[-1].set(1 - x[-1])))
+  one, two = (predict(case.params, batch, {})["prediction"] for batch in (case.batch, other))
+  assert one[-1] != two[-1]
+  assert bool((one[:-1] == two[:-1]).all()) is (over == "time")
+
+
+def test_mctn_predicts_from_its_source_alone():
+  case = make_case("mctn", "regression")
+  batch = masking.drop(("audio", "vision"))(make_key(0), case.batch)
+  one, two = (case.predict(case.params, b, {}) for b in (case.batch, batch))
+  np.testing.assert_array_equal(one["prediction"], two["prediction"])
+  assert np.abs(one["vision"] - two["vision"]).max() > 0  # but its translations read the others
+  np.testing.assert_array_equal(two["target_audio"][..., : AUDIO[1]], case.batch.audio.x)
+
+
+def test_mctn_may_leave_padding_out():
+  case = make_case("mctn", "regression")
+  system = models.MODELS["mctn"](**SETTINGS["mctn"], mask_padding=True)
+  batch = case.batch
+  for name in types.MODALITIES:
+    m = getattr(batch, name)
+    batch = batch._replace(**{name: m._replace(x=jnp.where(m.valid[..., None], m.x, 7.0))})
+  loss = jax.jit(system.loss)
+  one, two = (loss(case.params, b, None, {})[0] for b in (case.batch, batch))
+  np.testing.assert_allclose(one, two, rtol=1e-5)
+  assert abs(one - case.system.loss(case.params, case.batch, None, {})[0]) > 1e-4
+  with pytest.raises(ValueError, match="no padding"):
+    models.MODELS["mctn"](mask_padding=True, over="batch")

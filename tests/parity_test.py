@@ -36,9 +36,13 @@ GRADIENTS = {"lmf": 27, "misa": 121, "mmim": 91, "mmin": 102, "self_mm": 75, "tf
 LARGE = {
   "almt": 222,
   "cenet": 84,
+  "cubemlp": 84,
   "dmd": 330,
+  "gcnet": 88,
   "lnln": 306,
+  "mctn": 50,
   "mult": 207,
+  "smil": 22,
   "tetfn": 336,
   "tfr_net": 522,
 }

@@ -166,6 +166,56 @@ def random_drop(
   return mask
 
 
+def gcnet(rate: Rate) -> types.MaskFn:
+  """Each sample loses whole modalities at a rate up to 2/3, but never all of them (GCNet's).
+
+  Lian et al. 2022 §4.2, after CPM-Net: one modality, drawn uniformly, stays; each other stays with
+  probability 1 - 3/2 r, so that a share r of all is missing. From r = 2/3 on exactly one stays.
+  The published code draws a batch's masks again until their mean is within 0.005 of the rate, and
+  takes the probability from a first draw; a sample's mask would then hang on the batch that it is
+  in. This is the law that it tends to in large batches. (A host's and a guest's masks are
+  independent there, as those of all utterances are here.)
+
+  Args:
+    rate: the missing rate r, see the package; the same for all modalities in the paper. Where
+      they differ, the one that stays is drawn in proportion to 1 - r: a modality of rate 1 always
+      goes, as long as another one's is below, and one of rate 0 always stays.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on a rate that is not within [0, 1] or misshapen, or above 0.7 for all modalities:
+      as one stays, no more than 2/3 can be missing.
+  """
+  bounds: Any = transforms.intervals(rate)
+  if isinstance(bounds, np.ndarray) and bounds[:, 1].min() > 0.7 + 1e-6:
+    raise types.UsageError(
+      f"gcnet: a rate of {bounds[:, 1].min():g} cannot be, since one modality of each sample stays:"
+      " no more than 2/3 is ever missing, which the protocol writes as 0.7."
+    )
+
+  def mask(key, batch):
+    keys = transforms.sample_keys(key, batch.index)
+
+    def uniform(i, n):
+      return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, n)))(keys[i])
+
+    of_rate = uniform(0, 1)  # a sample's modalities share its rate
+    each = range(len(types.MODALITIES))
+    rates = jnp.stack([transforms.within(bounds[i], of_rate) for i in each], 1)
+    logits = jnp.log(jnp.maximum(1 - rates, 1e-30))
+    view = jax.vmap(jax.random.categorical)(keys[0], logits)
+    u = jnp.stack([uniform(i, 2) for i in each], 1)
+    seen = transforms.at_least_one(view, u, 1 - 1.5 * rates)
+    for i, name in enumerate(types.MODALITIES):
+      m = getattr(batch, name)
+      batch = batch._replace(**{name: see(m, steps(m, seen[:, i, None] | ~m.valid))})
+    return batch
+
+  return mask
+
+
 def compose(masks: Sequence[Member], rate: Rate | None = None) -> types.MaskFn:
   """Several masks at once: what any of them takes is missing.
 
@@ -189,6 +239,27 @@ def compose(masks: Sequence[Member], rate: Rate | None = None) -> types.MaskFn:
     return batch
 
   return mask
+
+
+def msm(p: Rate = (0.0, 1.0), *, subsets: Sequence[Collection[str]] = SUBSETS[:7]) -> types.MaskFn:
+  """Each sample loses whole modalities and, of those left, single steps (HRLF's training, MSM).
+
+  Li et al. 2024 (arXiv 2411.02793, §3.2) do not state the distribution of their modality
+  stochastic missing; this one is ours. It has no one missing rate that tables could sweep over.
+
+  Args:
+    p: probability with which each step of a modality that is left goes missing; drawn anew for
+      each sample and modality from an interval. A rate as the package says.
+    subsets: the sets of missing modalities, drawn equally often; by default the seven that leave
+      at least one.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: as `random_drop` and `bernoulli`.
+  """
+  return compose([random_drop(subsets=subsets), bernoulli(p)])
 
 
 def mixture(
@@ -337,6 +408,8 @@ MASKS: dict[str, Callable[..., types.MaskFn]] = {
   "bernoulli": bernoulli,
   "random_drop": random_drop,
   "drop": drop,
+  "gcnet": gcnet,
   "mixture": mixture,
   "compose": compose,
+  "msm": msm,
 }

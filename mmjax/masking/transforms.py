@@ -48,6 +48,20 @@ def _each(batch: types.Batch, change: Callable[[types.Modality], types.Modality]
   return batch._replace(**{name: change(getattr(batch, name)) for name in types.MODALITIES})
 
 
+def present(m: types.Modality) -> types.Array:
+  """Whether anything of a modality is observed; of token ids, anything but the special tokens.
+
+  Args:
+    m: the modality.
+
+  Returns:
+    [B] bool, False where the whole modality is missing.
+  """
+  if m.x.ndim == 2:
+    return (m.seen & m.valid & ~ends(m.valid)).any(1)
+  return (m.seen & m.valid[..., None]).any((1, 2))
+
+
 def see(m: types.Modality, seen: types.Array) -> types.Modality:
   """And-s a mask into `seen`.
 
@@ -132,6 +146,21 @@ def step_mask(u: types.Array, rate: types.Array, valid: types.Array) -> types.Ar
     [..., L] bool.
   """
   return (jnp.asarray(u) > rate) | ~jnp.asarray(valid)
+
+
+def at_least_one(view: chex.Array, u: chex.Array, keep: chex.Numeric) -> types.Array:
+  """One modality that stays in any case, and the others where u < keep (GCNet's masks).
+
+  Args:
+    view: [B] which one of the M stays.
+    u: [B, M] draws.
+    keep: how often each stays beside it, in the draws' units; broadcasts against `u`.
+
+  Returns:
+    [B, M] bool, False where a modality is missing.
+  """
+  u = jnp.asarray(u)
+  return (jnp.asarray(view)[:, None] == jnp.arange(u.shape[1])[None]) | (u < keep)
 
 
 def ends(valid: types.Array) -> types.Array:

@@ -58,7 +58,8 @@ def split_support_query(
 
   Args:
     batch: T · R rows, task after task.
-    support_rows: S, the rows of a task's X₁; by default half of its rows.
+    support_rows: S, the rows of a task's X₁; by default half of its rows. Of whole conversations
+      these are counted, not their rows.
     tasks: T.
 
   Returns:
@@ -68,7 +69,8 @@ def split_support_query(
     UsageError: if the rows are not those of T tasks with both sets.
   """
   chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
-  rows = batch.index.shape[0]
+  together = types.places(batch).shape[1]  # rows that no set may part
+  rows = batch.index.shape[0] // together
   per_task = rows // tasks
   size = per_task // 2 if support_rows is None else support_rows
   halved = 2 * size == per_task
@@ -82,10 +84,10 @@ def split_support_query(
   def part(which):
     def of(a):
       if halved:  # a[:, :S] would be cut from both halves' shares where devices share the rows
-        a = a.reshape(tasks, 2, size, *a.shape[1:])[:, which]
+        a = a.reshape(tasks, 2, size * together, *a.shape[1:])[:, which]
       else:
-        a = a.reshape(tasks, per_task, *a.shape[1:])
-        a = a[:, size:] if which else a[:, :size]
+        a = a.reshape(tasks, per_task * together, *a.shape[1:])
+        a = a[:, size * together :] if which else a[:, : size * together]
       return a.reshape(-1, *a.shape[2:])
 
     return jax.tree.map(of, batch)
