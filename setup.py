@@ -33,6 +33,7 @@ REQUIRES = [
   'tensorflow>=2.20; platform_system == "Darwin"',
   "tensorflow-datasets>=4.9.9",
   "array_record>=0.8; platform_system == 'Linux'",
+  "grain>=0.2.18; platform_system == 'Linux'",
   "tokenizers>=0.21",
   "tqdm>=4.66",
 ]
