@@ -155,7 +155,7 @@ def test_conversations_are_those_that_training_would_make(loaded, tmp_path):
   for column in conversations.COLUMNS:
     np.testing.assert_array_equal(inputs.batch.info[column], dataset.test.info[column])
   assert "24 utterances of 3 conversations, by the videos in their ids" in inputs.notes
-  with pytest.raises(data.DataError, match="key 'id': found the speaker of 'Ses20_x_M003'"):
+  with pytest.raises(data.DataError, match="key 'id': found the speaker of 'Ses21_x_M001'"):
     predict.prepare(named, "own.pkl", reading._replace(speakers=("F",)))
   # names of our own making, and those of a training without videos, tell nothing
   for fields, known in ((unlabelled(sample(0)), reading), (named, reading._replace(turns=1))):
