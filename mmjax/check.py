@@ -169,7 +169,7 @@ class Files(str):
 
 def fail(path, split=None, key=None, *, found, expected) -> NoReturn:
   """Raises the error of one fault."""
-  path = path.came.get((split, key), path) if isinstance(path, Files) else path
+  path = path.came.get((str(split), str(key)), path) if isinstance(path, Files) else path
   where = "".join(f", {kind} {name!r}" for kind, name in (("split", split), ("key", key)) if name)
   raise DataError(f"{path}{where}: found {found}, expected {expected}.")
 

@@ -50,11 +50,12 @@ def read(paths: Sequence[Path]) -> Found:
     DataError: if a file cannot be read, or two of them do not go together.
   """
   if len(paths) == 1:
-    return Found(read_file(paths[0]), os.fspath(paths[0]), [])
+    return Found(read_file(paths[0]), str(paths[0]), [])
   merged: dict[str, dict[str, Any]] = {}
   came: dict[tuple[str, str], str] = {}
   notes = []
-  for path in map(os.fspath, paths):
+  names = [str(path) for path in paths]
+  for path in names:
     for split, fields in _splits_of(read_file(path), path).items():
       known = merged.setdefault(split, {})
       for key, value in fields.items():
@@ -64,7 +65,7 @@ def read(paths: Sequence[Path]) -> Found:
           known[key], came[split, key] = value, path
       if known.keys() - fields.keys() and not ("id" in fields and came[split, "id"] != path):
         notes.append(f"{path} and the files before it are put together by the order of their rows")
-  name = check.Files(", ".join(map(os.fspath, paths)))
+  name = check.Files(", ".join(names))
   name.came = came
   return Found(merged, name, list(dict.fromkeys(notes)))
 

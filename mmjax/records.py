@@ -5,6 +5,7 @@ array_record files have random access and are read through Grain, in the order o
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -132,17 +133,17 @@ class ArrayRecords:
 
     del buffer
     split = builder.info.splits["train"]
-    self._features = builder.info.features
+    self._features, self._rows = builder.info.features, split.num_examples
     paths = [str(path) for path in split.filepaths]
-    self._records = grain_sources.ArrayRecordDataSource(paths)
+    self._records: Any = grain_sources.ArrayRecordDataSource(paths)
 
   def passes(self, key, batch_size, draws, keys, make, skip):
     """See `Records`."""
     import grain
 
     hosts, host = jax.process_count(), jax.process_index()
-    steps = len(self._records) // batch_size
-    orders = np.asarray(sources.orders(key, len(self._records), draws))[:, : steps * batch_size]
+    steps = self._rows // batch_size
+    orders = np.asarray(sources.orders(key, self._rows, draws))[:, : steps * batch_size]
     own = orders.reshape(draws, steps, hosts, -1)[:, :, host].swapaxes(0, 1)  # [steps, draws, B]
 
     def read(index):
@@ -150,15 +151,15 @@ class ArrayRecords:
 
     threads = max(1, min(8, (os.cpu_count() or 1) // 2))  # the others compute
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    return iter(grain.MapDataset.source(own[skip:]).map(read).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(list(own[skip:])).map(read).to_iter_dataset(options))
 
   def columns(self, keys):
     """See `Records`."""
-    return self._read(np.arange(len(self._records)), keys)
+    return self._read(np.arange(self._rows), keys)
 
   def _read(self, index, keys):
-    from tensorflow_datasets.proto import tf_example_generated_pb2 as proto
-
+    # protobuf's own parser: it needs no TensorFlow
+    proto: Any = importlib.import_module("tensorflow_datasets.proto.tf_example_generated_pb2")
     features = {key: self._features[key] for key in keys}
     found = {
       key: np.empty((len(index), *feature.shape), feature.np_dtype)
