@@ -33,6 +33,7 @@ REQUIRES = [
   'tensorflow>=2.20; platform_system == "Darwin"',
   "tensorflow-datasets>=4.9.9",
   "array_record>=0.8; platform_system == 'Linux'",
+  "grain>=0.2.18; platform_system == 'Linux'",
   "tokenizers>=0.21",
   "tqdm>=4.66",
 ]
@@ -62,6 +63,8 @@ setuptools.setup(
       "nvidia-cuda-runtime-cu12",
       "nvidia-nvjitlink-cu12",
     ],
+    "wandb": ["wandb>=0.19"],  # --tracker=wandb
+    "mlflow": ["mlflow-skinny>=3.1"],  # --tracker=mlflow
     "tune": TUNE,
     "cluster": ["ray>=2.40"],
     "gpu": ["jax[cuda12]>=0.10.2"],
