@@ -184,11 +184,11 @@ class Protocol:
       )
 
   def _words(self, binary: str, config: settings.Config) -> dict[str, str]:
-    sha256 = data.read_card(self.data_dir, self.dataset)["sha256"]
+    sha256 = data.sha256(self.data_dir, self.dataset)
     rate = cli.rate_text(settings.plain(config.mask.get("rate", ())))
     seeds = ", ".join(str(seed) for seed in self.seeds)
     return {
-      "command": shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]]),
+      "command": cli.told(shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]])),
       "training": f"{build.title(config)}, missing rate {rate}, {config.mask.name} masks, seeds"
       f" {seeds}",
       "selection": page.selection_in_words(build.is_oracle(config), self._value["valid_rate"]),

@@ -22,6 +22,10 @@ _OUT = flags.DEFINE_string("out", "runs/quickstart", "Output folder.", flag_valu
 _EPOCHS = flags.DEFINE_integer(
   "epochs", None, "Epochs of each training.", lower_bound=1, flag_values=_FLAGS
 )
+NEXT = """Next, with a feature pickle of your own as data/mosi.pkl:
+  python -m experiments.train --config=misa:mosi --data_dir=data --workdir=runs/misa-m3s \\
+      --method=m3s --missing_rate=0.4,0.6
+  python -m experiments.evaluate --workdir=runs/misa-m3s"""
 
 
 def prepare(out: pathlib.Path) -> None:
@@ -71,15 +75,9 @@ def main():
   print()
   table = rates.write(rows, out, by=("method", "kind", "condition"), lines="method")
   mean: Any = table.groupby("method", sort=False)["mae"].mean()
-  print(
-    "\nMAE averaged over all missing rates: "
-    + ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
-    + f".\nDone in {time.monotonic() - began:.0f} s. Next, with a feature pickle of your own:\n"
-    "  python -m data_prep.convert --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data\n"
-    "  python -m experiments.train --config=misa:mosi --data_dir=data --workdir=runs/misa-m3s \\\n"
-    "      --method=m3s --missing_rate=0.4,0.6\n"
-    "  python -m experiments.evaluate --workdir=runs/misa-m3s"
-  )
+  means = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
+  print(f"\nMAE averaged over all missing rates: {means}.")
+  print(f"Done in {time.monotonic() - began:.0f} s. {cli.told(NEXT)}")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_what_a_dataset_lacks_is_named(tmp_path):
   }
   with pytest.raises(data.DataError, match="any/train: the key 'text' is missing"):
     data.from_arrays(arrays, name="any")
-  with pytest.raises(data.DataError, match="data_prep.convert"):
+  with pytest.raises(data.DataError, match="mmjax-prepare"):
     data.load(tmp_path, "any")
 
 
