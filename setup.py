@@ -65,6 +65,8 @@ setuptools.setup(
       "nvidia-cuda-runtime-cu12",
       "nvidia-nvjitlink-cu12",
     ],
+    "wandb": ["wandb>=0.19"],  # --tracker=wandb
+    "mlflow": ["mlflow-skinny>=3.1"],  # --tracker=mlflow
     "tune": TUNE,
     "cluster": ["ray>=2.40"],
     "gpu": ["jax[cuda12]>=0.10.2"],

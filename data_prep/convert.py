@@ -1,6 +1,7 @@
-"""Converts a feature pickle in the MMSA layout to TFRecords.
+"""Converts feature files in the MMSA layout to TFRecords.
 
 python -m data_prep.convert --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data
+python -m data_prep.convert --pickle=train.npz,valid.npz,test.npz --dataset=mosi --data_dir=data
 """
 
 import json
@@ -9,28 +10,29 @@ import pathlib
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags
 
-from data_prep import builder, card, check
-from mmjax import data
+from data_prep import builder, card
+from mmjax import check, data, files
 
 
 def convert(
-  pickle: str | os.PathLike,
+  pickle: files.Path | Sequence[files.Path],
   dataset: str,
   data_dir: str | os.PathLike,
   *,
   file_format: str = "tfrecord",
   overwrite: bool = False,
 ) -> pathlib.Path:
-  """Checks a pickle and stores it as a dataset with its card.
+  """Checks feature files and stores it as a dataset with its card.
 
   The dataset is written aside and gets its name when it is whole, so an interrupted
   conversion leaves nothing that looks complete, and an old dataset stays until then.
 
   Args:
-    pickle: the file.
+    pickle: the file, or several that are put together, see `mmjax.files`.
     dataset: name of the dataset; mosi, mosei, sims, simsv2 and iemocap bring their labels' range.
     data_dir: folder of the datasets.
     file_format: "tfrecord" or "array_record".
@@ -42,7 +44,8 @@ def convert(
   Raises:
     data.DataError: if the file has a fault, or the dataset exists and may not be replaced.
   """
-  pickle, data_dir = pathlib.Path(pickle), pathlib.Path(data_dir)
+  paths = [pickle] if isinstance(pickle, str | os.PathLike) else list(pickle)
+  paths, data_dir = [pathlib.Path(path) for path in paths], pathlib.Path(data_dir)
   if not re.fullmatch(r"[a-z][a-z0-9_]*", dataset):
     raise data.DataError(f"dataset {dataset!r}: expected small letters, digits and underscores.")
   if file_format not in builder.FILE_FORMATS:
@@ -50,8 +53,9 @@ def convert(
   final = data_dir / dataset / builder.VERSION
   if data.is_complete(final) and not overwrite:
     raise data.DataError(f"{final} exists already; --overwrite replaces it.")
-  checked = check.read(pickle, dataset)
-  statistics = card.make_card(checked, pickle, dataset, file_format)
+  name = ", ".join(map(str, paths))
+  checked = check.check(files.read(paths), name, dataset, own=True)
+  statistics = card.make_card(checked, paths, dataset, file_format)
   draft = data_dir / f".incomplete-{dataset}"
   shutil.rmtree(draft, ignore_errors=True)  # of a conversion that was interrupted
   draft.mkdir(parents=True)
@@ -84,7 +88,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("pickle", None, "The feature file.", required=True)
+  flags.DEFINE_list(
+    "pickle", None, "The feature file (.pkl, .npz, .safetensors), or several.", required=True
+  )
   flags.DEFINE_string("dataset", None, "Name of the dataset: mosi, mosei, sims …", required=True)
   flags.DEFINE_string("data_dir", "data", "Folder of the datasets.")
   flags.DEFINE_enum("file_format", "tfrecord", builder.FILE_FORMATS, "How to store it.")

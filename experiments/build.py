@@ -1,7 +1,6 @@
 """From a config to everything that a run needs; nothing here writes a file."""
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,15 +9,17 @@ import jax
 import numpy as np
 import optax
 
-from experiments import settings, workdir
+from experiments import settings
 from mmjax import (
   conversations,
   data,
   evaluate,
   masking,
   metrics,
+  models,
   optim,
   registry,
+  runs,
   sources,
   stream,
   train,
@@ -56,30 +57,13 @@ def load_data(config: Config, data_dir: Path) -> data.Dataset:
 
 
 def _call(section: str, name: str, factory: Callable[..., Any], /, *args, **given) -> Any:
-  """A factory's result; settings that it refuses are the user's to mend."""
-  taken = settings.takes(section, factory)
-  if taken is not None:
-    for setting in given:
-      if setting not in taken:
-        raise types.UsageError(
-          f"{section} {name!r} takes no {setting!r}{registry.nearest(setting, taken)}; it takes"
-          f" {', '.join(taken)}."
-        )
-    lacking = [n for n, v in taken.items() if v is inspect.Parameter.empty and n not in given]
-    if lacking:
-      raise types.UsageError(f"{section} {name!r} needs config.{section}.{lacking[0]}.")
-  try:
-    return factory(*args, **given)
-  except types.UsageError:
-    raise
-  except ValueError as error:
-    raise types.UsageError(f"{section} {name!r}: {error}") from error
+  """`registry.call` of a section of the config."""
+  return registry.call(section, name, factory, settings.takes(section, factory), *args, **given)
 
 
 def make_system(config: Config) -> types.System:
   """The model that `config.model` names."""
-  given = settings.plain(config.model)
-  return _call("model", given.pop("name"), settings.factory(config, "model"), **given)
+  return models.make(**settings.plain(config.model))
 
 
 def make_mask(config: Config) -> types.MaskFn:
@@ -256,11 +240,17 @@ def describe(config: Config, data_dir: Path) -> dict[str, Any]:
   return {"config": settings.plain(config), "data": sha256}
 
 
+def reading(run: Run) -> runs.Reading:
+  """What the folder of a run keeps, to predict without the data."""
+  model, drop = settings.plain(run.config.model), run.config.mask.get("drop", ())
+  return runs.reading_of(run.dataset, model, drop, run.recipe.select)
+
+
 def read_best(run: Run, path: Path) -> dict[str, train.Best]:
   """The epochs that a run in its folder has selected so far, by the entry of `Recipe.select`."""
   params, extra = jax.eval_shape(lambda: run.recipe.system.init(run.key, run.dataset.spec))
   best = train.Best(np.float32(0), np.int32(0), params, extra)
-  return workdir.read_best(path, dict.fromkeys(run.recipe.select, best))
+  return runs.read_best(path, dict.fromkeys(run.recipe.select, best))
 
 
 def load_run(path: Path, data_dir: Path | None = None) -> tuple[Run, dict[str, train.Best]]:
@@ -273,7 +263,7 @@ def load_run(path: Path, data_dir: Path | None = None) -> tuple[Run, dict[str, t
   Returns:
     The run and `read_best` of it.
   """
-  found = workdir.read_config(path)
+  found = runs.read_config(path)
   config = settings.from_json(found["run"]["config"])
   run = make_run(config, load_data(config, data_dir or found["data_dir"]))
   return run, read_best(run, path)

@@ -16,6 +16,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ TASKS = ("regression", "classification")
 STANDARDIZED = ("audio", "vision")
 
 Arrays = Mapping[str, Mapping[str, Any]]
+Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Dataset(NamedTuple):
@@ -42,6 +44,8 @@ class Dataset(NamedTuple):
     spec: its shapes and task.
     ids: the samples' names by split, in the order of the rows.
     name: the dataset's name.
+    moments: mean and deviation by which modalities were standardized, or nothing.
+    classes: names of the classes, where `annotations` have one for each; or nothing.
   """
 
   train: types.Batch
@@ -50,6 +54,8 @@ class Dataset(NamedTuple):
   spec: types.Spec
   ids: Mapping[str, list[str]]
   name: str
+  moments: Moments = MappingProxyType({})
+  classes: tuple[str, ...] = ()
 
 
 def take(batch: types.Batch, rows: Any) -> types.Batch:
@@ -127,14 +133,25 @@ def make_dataset(
   """`from_arrays` of arrays that were checked, such as converted ones."""
   _check_options(text, task)
   splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
-  if standardize:
-    found = _moments(splits["train"])
-    splits = {split: scale(batch, found) for split, batch in splits.items()}
+  moments = _moments(splits["train"]) if standardize else {}
+  splits = {split: scale(batch, moments) for split, batch in splits.items()}
   labels = np.concatenate([splits[split].label for split in SPLITS])
   largest = max(int(b.text.x.max()) for b in splits.values()) if text == "tokens" else None
   spec = make_spec(splits["train"], labels, name, task, label_range, largest)
   ids = {split: [str(i) for i in arrays[split]["id"]] for split in SPLITS}
-  return Dataset(**splits, spec=spec, ids=ids, name=name)
+  classes = _class_names(arrays) if task == "classification" else ()
+  return Dataset(**splits, spec=spec, ids=ids, name=name, moments=moments, classes=classes)
+
+
+def _class_names(arrays: Arrays) -> tuple[str, ...]:
+  """What annotations call the classes 0, 1, …; nothing if they do not name each of them once."""
+  if not all("annotations" in fields for fields in arrays.values()):
+    return ()
+  columns = [[f[k] for f in arrays.values()] for k in (check.CLASSES, "annotations")]
+  classes, names = (np.concatenate(parts) for parts in columns)
+  pairs = sorted({(int(c), str(name)) for c, name in zip(classes, names, strict=True)})
+  found = tuple(name for _, name in pairs)
+  return found if [c for c, _ in pairs] == list(range(len(set(found)))) else ()
 
 
 def _check_options(text: str, task: str) -> None:
@@ -227,7 +244,7 @@ def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str,
   if tokens is not None and (read_tokens or tokens.shape[2] == fields["text"].shape[1]):
     found = {"text": tokens[:, 1] > 0}
   else:
-    found = {"text": _until_last_nonzero(fields["text"])}
+    found = {"text": until_last_nonzero(fields["text"])}
   for m in ("audio", "vision"):
     x, lengths = fields[m], fields.get(f"{m}_lengths")
     if lengths is not None:
@@ -235,11 +252,11 @@ def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str,
     elif x.shape[1] == found["text"].shape[1]:
       found[m] = found["text"]
     else:
-      found[m] = _until_last_nonzero(x)
+      found[m] = until_last_nonzero(x)
   return found
 
 
-def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
+def until_last_nonzero(x: np.ndarray) -> np.ndarray:
   """[N, L] True up to the last step that is not all zeros."""
   return np.arange(x.shape[1]) < padding.extent(x)[1][:, None]
 
@@ -247,9 +264,6 @@ def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
 def _spec(m: types.Modality) -> types.ModalitySpec:
   tokens = m.x.ndim == 2
   return types.ModalitySpec(m.x.shape[1], 0 if tokens else m.x.shape[2], tokens)
-
-
-Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _moments(train: types.Batch) -> Moments:

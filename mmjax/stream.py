@@ -295,6 +295,7 @@ def open_dataset(
     valid=valid,
     test=test,
     spec=spec._replace(num_train=train.rows),
+    moments=moments,
     ids={**dataset.ids, "train": [_text(i) for i in columns["id"]]},
   )
 

@@ -10,6 +10,7 @@ import itertools
 import json
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -328,6 +329,14 @@ def test_predictions_have_the_tasks_shape(case):
   assert prediction.shape == ((ROWS, classes) if classes else (ROWS,))
   assert np.isfinite(prediction).all()
   assert out["feature"].shape[0] == ROWS and out["feature"].ndim == 2
+
+
+def test_predictions_are_traced_for_any_number_of_rows(case):
+  """So that `serving.export` can."""
+  (rows,) = jax.export.symbolic_shape("b")
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), case.batch)
+  found = jax.eval_shape(case.system.predict, case.params, shapes, case.extra)
+  assert found["prediction"].shape[0] == rows
 
 
 @pytest.mark.parametrize(
