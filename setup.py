@@ -39,6 +39,37 @@ DATA = [
   "tensorflow-datasets>=4.9.9",
 ]
 TUNE = ["optuna>=5.0", "psycopg[binary]>=3.2"]
+# Folders of the repository that are installed under the library's name: the names that they have
+# there are too general to stand beside other packages.
+FOLDERS = {"mmjax.experiments": "experiments", "mmjax.data_prep": "data_prep"}
+LEFT_OUT = ["benchmarks*"]  # they measure the repository, beside code of others
+BINARIES = (
+  "ablate",
+  "compare",
+  "evaluate",
+  "export",
+  "import_torch",
+  "predict",
+  "quickstart",
+  "robustness",
+  "train",
+  "tune",
+)
+COMMANDS = {
+  **{f"mmjax-{name.replace('_', '-')}": f"mmjax.experiments.{name}" for name in BINARIES},
+  "mmjax-inspect": "mmjax.data_prep.inspect",
+  "mmjax-prepare": "mmjax.data_prep.convert",
+}
+
+
+def packages() -> list[str]:
+  """The library's, and those of the folders."""
+  found = setuptools.find_packages(include=["mmjax*"])
+  for package, folder in FOLDERS.items():
+    inner = setuptools.find_packages(folder, exclude=LEFT_OUT)
+    found += [package, *(f"{package}.{name}" for name in inner)]
+  return found
+
 
 setuptools.setup(
   name="mmjax",
@@ -47,8 +78,12 @@ setuptools.setup(
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license=LICENSE,
-  packages=setuptools.find_packages(include=["mmjax*", "experiments*", "data_prep*"]),
-  package_data={"mmjax": ["py.typed"]},
+  packages=packages(),
+  package_dir=FOLDERS,
+  package_data={"": ["py.typed", "*.csv", "*.css", "*.js"]},
+  entry_points={
+    "console_scripts": [f"{command} = {module}:main" for command, module in COMMANDS.items()]
+  },
   python_requires=">=3.11",
   install_requires=REQUIRES,
   extras_require={

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from data_prep import builder, card
 from mmjax import check, data, files
+
+from . import builder, card
 
 
 def convert(
@@ -69,7 +70,7 @@ def convert(
   return final
 
 
-def main(argv):
+def _run(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   values = flags.FLAGS
@@ -87,7 +88,8 @@ def main(argv):
   print(f"Written to {folder}.")
 
 
-if __name__ == "__main__":
+def main():
+  """The binary."""
   flags.DEFINE_list(
     "pickle", None, "The feature file (.pkl, .npz, .safetensors), or several.", required=True
   )
@@ -95,4 +97,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("data_dir", "data", "Folder of the datasets.")
   flags.DEFINE_enum("file_format", "tfrecord", builder.FILE_FORMATS, "How to store it.")
   flags.DEFINE_bool("overwrite", False, "Replace a dataset of that name.")
-  app.run(main)
+  app.run(_run)
+
+
+if __name__ == "__main__":
+  main()

@@ -7,11 +7,12 @@ import sys
 
 from absl import app, flags
 
-from data_prep import card
 from mmjax import data
 
+from . import card
 
-def main(argv):
+
+def _run(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   try:
@@ -21,7 +22,12 @@ def main(argv):
   print(card.to_text(found))
 
 
-if __name__ == "__main__":
+def main():
+  """The binary."""
   flags.DEFINE_string("dataset", None, "Name of the dataset.", required=True)
   flags.DEFINE_string("data_dir", "data", "Folder of the datasets.")
-  app.run(main)
+  app.run(_run)
+
+
+if __name__ == "__main__":
+  main()

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 
-from experiments import settings
 from mmjax import (
   conversations,
   data,
@@ -25,6 +24,8 @@ from mmjax import (
   train,
   types,
 )
+
+from . import settings
 
 Config = settings.Config
 Path = str | os.PathLike

@@ -12,8 +12,9 @@ from typing import Any
 from absl import flags, logging
 from absl.testing import flagsaver
 
-from experiments import settings
 from mmjax import registry, types
+
+from . import settings
 
 METHOD_HELP = "Training method: orig, spl, m3s, or your own package.module:attribute."
 RATE_HELP = "Missing rate in training and validation: one, or LOW,HIGH, as 0.4,0.6."

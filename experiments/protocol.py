@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, engines, processes, settings, study
-from experiments.report import page
 from mmjax import data, evaluate, masking, registry, types
+
+from . import build, cli, engines, processes, settings, study
+from .report import page
 
 MISSING = ("l", "a", "v", "la", "lv", "av")
 CONDITIONS = ("rates", "modalities")

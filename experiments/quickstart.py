@@ -13,9 +13,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import build, cli, interrupts, loop, settings
-from experiments.report import rates
 from mmjax import evaluate, meta, synthetic
+
+from . import build, cli, interrupts, loop, settings
+from .report import rates
 
 _FLAGS = flags.FlagValues()
 _OUT = flags.DEFINE_string("out", "runs/quickstart", "Output folder.", flag_values=_FLAGS)

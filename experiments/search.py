@@ -14,8 +14,9 @@ import pandas as pd
 import tqdm
 from optuna.trial import TrialState
 
-from experiments import build, cli, interrupts, processes, settings, space, study, trials, workdir
 from mmjax import metrics, plots, types
+
+from . import build, cli, interrupts, processes, settings, space, study, trials, workdir
 
 LOOK_S = 0.5  # between two looks at the logs of the trials, or for a next trial
 

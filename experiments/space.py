@@ -13,8 +13,9 @@ from typing import Any
 
 from optuna import distributions
 
-from experiments import build, settings
 from mmjax import types
+
+from . import build, settings
 
 Space = Mapping[str, distributions.BaseDistribution]
 EXAMPLE = "optuna.distributions, such as FloatDistribution(1e-5, 1e-2, log=True)"

@@ -16,8 +16,9 @@ import sys
 
 from absl import flags
 
-from experiments import cli, engines, interrupts, settings
 from mmjax import types
+
+from . import cli, engines, interrupts, settings
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -70,7 +71,7 @@ def main():
   import jax
   import optuna
 
-  from experiments import search, space, trials
+  from . import search, space, trials
 
   jax.config.update("jax_platforms", "cpu")  # here; accelerators are the trainings'
   optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mmjax import check, padding, types
+from mmjax import check, files, padding, types
 from mmjax.check import LABEL_RANGES, SPLITS, DataError
 
 CARD = "card.json"  # the statistics beside a converted dataset
@@ -107,10 +107,43 @@ def from_arrays(
   Warns:
     UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
+  return _checked(arrays, name, False, name, text, task, standardize, label_range)
+
+
+def from_pickle(
+  path: files.Path | Sequence[files.Path],
+  *,
+  name: str,
+  text: str = "features",
+  task: str = "regression",
+  standardize: bool = False,
+  label_range: tuple[float, float] | None = None,
+) -> Dataset:
+  """Reads feature files, safely (see `unpickle`), and makes a dataset of them.
+
+  Args:
+    path: a pickle, `.npz` or `.safetensors` in the MMSA layout, or several, see `files`.
+    name, text, task, standardize, label_range: see `from_arrays`.
+
+  Returns:
+    The dataset, as `from_arrays` makes it.
+
+  Raises:
+    DataError: if a file cannot be read, asks for more than arrays, or has a fault.
+
+  Warns:
+    UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
+  """
+  paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+  where = ", ".join(map(str, paths))
+  return _checked(files.read(paths), where, True, name, text, task, standardize, label_range)
+
+
+def _checked(found, where, own, name, text, task, standardize, label_range) -> Dataset:
   _check_options(text, task)
-  checked = check.check(arrays, name, name, task=task, label_range=label_range)
+  checked = check.check(found, where, name, task=task, label_range=label_range, own=own)
   for note in checked.notes:
-    warnings.warn(f"{name}: {note}", stacklevel=2)
+    warnings.warn(f"{name}: {note}", stacklevel=3)
   return make_dataset(
     checked.arrays,
     name=name,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.parity import goldens
+from . import goldens
 
 # A tensor that should be zero (the bias of attention keys has no gradient) holds rounding noise
 # on both sides; its error is taken relative to this share of the group's largest magnitude.
