@@ -22,7 +22,7 @@ SEEDS_HELP = "How many, `5` for 0-4, or which, `1111,1112`; a single one is `111
 
 
 def told(text: str) -> str:
-  """A text that names binaries, as `python -m experiments.train`: installed, it is `mmjax-train`."""
+  """A text that names binaries, `python -m experiments.train`: installed, that is `mmjax-train`."""
   if __package__ == "experiments":  # in the repository
     return text
 

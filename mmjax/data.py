@@ -4,8 +4,8 @@ The MMSA layout is a dictionary per split with `id`, `text` [N, L, D], `text_ber
 (ids, attention mask, segments), `audio` and `vision` [N, L, D], their `…_lengths` [N] where
 the data are not aligned, `regression_labels` and `classification_labels` [N].
 `load` finds a dataset by its name: a feature file NAME.pkl (`from_pickle`), or the TFRecords that
-`data_prep.convert` makes of one, which can be streamed and need TensorFlow (extra `data`). Every way
-in passes the same check, see `check`.
+`data_prep.convert` makes of one, which can be streamed and need TensorFlow (extra `data`). Every
+way in passes the same check, see `check`.
 """
 
 import hashlib
@@ -346,7 +346,7 @@ def _complete(data_dir: str | pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def feature_file(data_dir: str | pathlib.Path, name: str) -> pathlib.Path | None:
-  """The file that `load` reads where nothing was converted, as "data/mosi.pkl"; None without one."""
+  """What `load` reads where nothing was converted, "data/mosi.pkl"; None if there is none."""
   if _complete(data_dir, name):
     return None
   files = (pathlib.Path(data_dir) / f"{name}{suffix}" for suffix in FILES)

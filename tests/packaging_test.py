@@ -1,6 +1,7 @@
 """The wheel in a fresh environment, outside of the repository and without TensorFlow."""
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -57,6 +58,16 @@ def binaries(wheel, tmp_path_factory):
   lines = [*site.getsitepackages(), "import sys; sys.modules['tensorflow'] = None"]
   (packages / "here.pth").write_text("\n".join(lines) + "\n")
   return folder / "bin"
+
+
+def test_imports_follow_the_name_that_a_folder_is_installed_under():
+  for folder in ("experiments", "data_prep"):
+    for path in (ROOT / folder).rglob("*.py"):
+      if "benchmarks" not in path.parts:
+        found = re.findall(
+          r"^ *(?:from|import) (?:experiments|data_prep)\b.*", path.read_text(), re.M
+        )
+        assert not found, (path, found)
 
 
 @pytest.mark.slow
