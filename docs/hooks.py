@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import pkgutil
 
 from mkdocs.structure.files import File, Files
 
@@ -23,12 +22,10 @@ def on_files(files: Files, config) -> Files:
 
 
 def modules() -> list[str]:
-  """The public modules of the library, but its experiments."""
-  found = ["mmjax"]
-  for module in pkgutil.walk_packages([str(ROOT / "mmjax")], "mmjax."):
-    if not module.name.rpartition(".")[2].startswith("_"):
-      found.append(module.name)
-  return found
+  """The public modules of the library."""
+  paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "mmjax").rglob("*.py"))
+  names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
+  return sorted(name for name in names if "._" not in name)
 
 
 def _tutorial(path: pathlib.Path) -> str:
