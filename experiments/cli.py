@@ -26,7 +26,7 @@ def told(text: str) -> str:
   if __package__ == "experiments":  # in the repository
     return text
 
-  def command(found):
+  def command(found: re.Match[str]) -> str:
     name = {"convert": "prepare"}.get(found[1], found[1])
     return f"mmjax-{name.replace('_', '-')}"
 
