@@ -33,6 +33,7 @@ REQUIRES = [
 # Converted datasets alone need these; the CPU build is enough on every machine.
 DATA = [
   "array_record>=0.8; platform_system == 'Linux'",
+  "grain>=0.2.18; platform_system == 'Linux'",
   "importlib_resources>=6.4",  # tensorflow-datasets imports it without requiring it
   'tensorflow-cpu>=2.20; platform_system != "Darwin"',
   'tensorflow>=2.20; platform_system == "Darwin"',

@@ -54,8 +54,9 @@ def convert(
   final = data_dir / dataset / builder.VERSION
   if data.is_complete(final) and not overwrite:
     raise data.DataError(f"{final} exists already; --overwrite replaces it.")
-  name = ", ".join(map(str, paths))
-  checked = check.check(files.read(paths), name, dataset, own=True)
+  found = files.read(paths)
+  checked = check.check(found.content, found.name, dataset, own=True)
+  checked.notes[:0] = found.notes
   statistics = card.make_card(checked, paths, dataset, file_format)
   draft = data_dir / f".incomplete-{dataset}"
   shutil.rmtree(draft, ignore_errors=True)  # of a conversion that was interrupted

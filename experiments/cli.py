@@ -27,8 +27,8 @@ def told(text: str) -> str:
     return text
 
   def command(found: re.Match[str]) -> str:
-    name = {"convert": "prepare"}.get(found[1], found[1])
-    return f"mmjax-{name.replace('_', '-')}"
+    name = "prepare" if found[1] == "convert" else found[1].replace("_", "-")
+    return f"mmjax-{name}"
 
   return re.sub(r"python -m (?:experiments|data_prep)\.(\w+)", command, text)
 

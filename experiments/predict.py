@@ -32,8 +32,9 @@ def main():
   if _FEATURES.value:
     samples.check("features", _FEATURES.value, [".npz"])
   reading = runs.read_reading(_WORKDIR.value)
-  inputs = predict.prepare(files.read(_PICKLE.value), ", ".join(_PICKLE.value), reading)
-  for note in inputs.notes:
+  found = files.read(_PICKLE.value)
+  inputs = predict.prepare(found.content, found.name, reading)
+  for note in found.notes + inputs.notes:
     cli.note(note)
   for m in reading.drop:
     cli.note(f"this run never sees {m}, whatever a file holds.")

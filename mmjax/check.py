@@ -105,6 +105,8 @@ def check(
   if not isinstance(found, Mapping):
     fail(path, found=f"a {type(found).__name__}", expected="a dictionary of splits")
   arrays, notes, left_out = {}, [], set()
+  if others := sorted(map(repr, found.keys() - set(SPLITS))):
+    notes.append(f"left out, not the splits train, valid and test: {', '.join(others)}")
   for split in SPLITS:
     if split not in found:
       fail(path, split, found=f"the splits {sorted(map(str, found))}", expected="this split too")
@@ -159,8 +161,15 @@ def check_inputs(
   return clean, notes + more
 
 
+class Files(str):
+  """Names of several files, for messages; `came[split, key]` is the one that an array came from."""
+
+  came: Mapping[tuple[str, str], str]
+
+
 def fail(path, split=None, key=None, *, found, expected) -> NoReturn:
   """Raises the error of one fault."""
+  path = path.came.get((split, key), path) if isinstance(path, Files) else path
   where = "".join(f", {kind} {name!r}" for kind, name in (("split", split), ("key", key)) if name)
   raise DataError(f"{path}{where}: found {found}, expected {expected}.")
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,34 +25,48 @@ Path = str | os.PathLike
 _SPLITS = {"dev": "valid", "val": "valid", **{split: split for split in check.SPLITS}}
 
 
-def read(paths: Sequence[Path]) -> Any:
-  """Reads feature files and puts them together; `check.check` tells whether they are right.
+class Found(NamedTuple):
+  """What stands in feature files; `check.check` tells whether it is right.
+
+  Attributes:
+    content: {split: {key: array or list}}, or the fields of one split (or sample); of one file
+      anything.
+    name: of the files, for messages; a `check.Files` if there are several.
+    notes: what the user should know, one sentence each.
+  """
+
+  content: Any
+  name: str
+  notes: list[str]
+
+
+def read(paths: Sequence[Path]) -> Found:
+  """Reads feature files and puts them together.
 
   Args:
-    paths: the files of one dataset; of one file, any content is given back.
-
-  Returns:
-    {split: {key: array or list}}, or the fields of one split (or sample).
+    paths: the files of one dataset.
 
   Raises:
-    DataError: if a file cannot be read, or two of them have the same array.
+    DataError: if a file cannot be read, or two of them do not go together.
   """
   if len(paths) == 1:
-    return read_file(paths[0])
+    return Found(read_file(paths[0]), os.fspath(paths[0]), [])
   merged: dict[str, dict[str, Any]] = {}
-  came: dict[tuple[str, str], Path] = {}
-  for path in paths:
+  came: dict[tuple[str, str], str] = {}
+  notes = []
+  for path in map(os.fspath, paths):
     for split, fields in _splits_of(read_file(path), path).items():
+      known = merged.setdefault(split, {})
       for key, value in fields.items():
-        if key == "id" and "id" in merged.get(split, {}):
-          _check_ids(merged[split]["id"], value, path, split, came[split, "id"])
-          continue
-        if (split, key) in came:
-          found = f"it in {os.fspath(came[split, key])} too"
-          check.fail(os.fspath(path), split, key, found=found, expected="each array in one file")
-        came[split, key] = path
-        merged.setdefault(split, {})[key] = value
-  return merged
+        if key in known:
+          _check_same(known[key], value, path, split, key, came[split, key])
+        else:
+          known[key], came[split, key] = value, path
+      if known.keys() - fields.keys() and not ("id" in fields and came[split, "id"] != path):
+        notes.append(f"{path} and the files before it are put together by the order of their rows")
+  name = check.Files(", ".join(map(os.fspath, paths)))
+  name.came = came
+  return Found(merged, name, list(dict.fromkeys(notes)))
 
 
 def read_file(path: Path) -> Any:
@@ -95,29 +109,33 @@ def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
   return found
 
 
-def _splits_of(found: Any, path: Path) -> dict[str, Mapping[str, Any]]:
+def _splits_of(found: Any, path: str) -> dict[str, Mapping[str, Any]]:
   """A file's content by split."""
-  name = os.fspath(path)
   if not isinstance(found, Mapping):
-    check.fail(name, found=f"a {type(found).__name__}", expected="a dictionary")
+    check.fail(path, found=f"a {type(found).__name__}", expected="a dictionary")
   stem = pathlib.Path(path).stem.lower()
-  splits = {split: fields for split, fields in found.items() if split in check.SPLITS}
-  if splits and all(isinstance(fields, Mapping) for fields in splits.values()):
+  splits = {split: fields for split, fields in found.items() if isinstance(fields, Mapping)}
+  if splits:
     return splits
-  if splits:  # arrays by split
+  if found.keys() & set(check.SPLITS):  # arrays by split
     if stem in check.RANKS:
-      return {split: {stem: value} for split, value in splits.items()}
+      return {split: {stem: value} for split, value in found.items()}
     expected = "a name that says which field it is, as audio.pkl"
-    check.fail(name, found="an array for each split", expected=expected)
+    check.fail(path, found="an array for each split", expected=expected)
   named = [_SPLITS[word] for word in re.split(r"[^a-z0-9]+", stem) if word in _SPLITS]
   if len(named) != 1:
     expected = "a name that says of which split they are, as train.pkl"
-    check.fail(name, found="the fields of one split", expected=expected)
+    check.fail(path, found="the fields of one split", expected=expected)
   return {named[0]: found}
 
 
-def _check_ids(known: Any, ids: Any, path: Path, split: str, first: Path) -> None:
-  """Files of the same split must have the same samples in the same order."""
-  if [str(i) for i in known] != [str(i) for i in ids]:
-    expected = f"those of {os.fspath(first)}, in the same order"
-    check.fail(os.fspath(path), split, "id", found="other ids", expected=expected)
+def _check_same(known: Any, value: Any, path: str, split: str, key: str, first: str) -> None:
+  """What stands in two files must be the same there; ids too, in the same order."""
+  try:
+    known, value = np.asarray(known), np.asarray(value)
+    same = known.shape == value.shape and bool(np.all(known == value))
+  except ValueError:  # rows of unlike lengths
+    same = False
+  if not same:
+    expected = f"the same as in {first}, or it in one file only"
+    check.fail(path, split, key, found="other values", expected=expected)

@@ -3,7 +3,7 @@
 `prepare` makes a batch of what stands in a file, `predict` runs a model that `runs.load` gave:
 
   run = mmjax.load("runs/misa-m3s")
-  inputs = predict.prepare(files.read(["clip.pkl"]), "clip.pkl", run.reading)
+  inputs = predict.prepare(files.read_file("clip.pkl"), "clip.pkl", run.reading)
   score = predict.predict(run, inputs.batch)["prediction"]  # [N]
 """
 

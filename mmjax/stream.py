@@ -1,7 +1,6 @@
 """Training splits that stay on disk: read and shuffled while the device computes."""
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mmjax import data, parallel, sources, types
+from mmjax import check, data, parallel, records, sources, types
 
 
 class Stream(NamedTuple):
   """The training split of a converted dataset, batch by batch. Build it with `open_dataset`.
 
-  Rows are shuffled in a buffer, from a random place of the files on: each draw passes the split
-  once an epoch, whatever the buffer's size. With several processes each reads a part of its own.
+  Each draw passes the split once an epoch, in an order that hangs on the files' format, see
+  `records`.
 
   Attributes:
     builder: of TensorFlow Datasets.
@@ -24,7 +23,7 @@ class Stream(NamedTuple):
     example: the first row as a batch.
     options: "text" and "task", see `data.from_arrays`.
     moments: what features are standardized by, or nothing.
-    buffer: rows that are shuffled among each other; they are held in the host's memory.
+    buffer: rows of TFRecords that are shuffled among each other, in the host's memory.
   """
 
   builder: Any
@@ -75,119 +74,14 @@ class Stream(NamedTuple):
     Yields:
       A batch of host arrays for each draw; N // B times in all.
     """
-    seeds = np.asarray(jax.random.bits(key, (draws, 2), "uint32")).astype(np.int64)
-    own = batch_size // jax.process_count()
-    serialized = _reader(self.builder)
-    # read and parsed as batches: row by row it takes twice the time
-    passes = [
-      serialized(*self._part(turn), self.buffer, seed, own).map(self._parse) for turn, seed in seeds
-    ]
-    drawn = type(passes[0]).zip(tuple(passes)).take(self.rows // batch_size).skip(skip)
-    for fields in drawn.prefetch(2).as_numpy_iterator():
-      yield tuple(self._batch(index, rows) for index, rows in fields)
-
-  def _part(self, turn: int) -> tuple[int, int, int]:
-    """This process's part of the rows: first, the one to begin at, end."""
-    hosts, host = jax.process_count(), jax.process_index()
-    first, end = (self.rows * n // hosts for n in (host, host + 1))
-    return first, first + turn % (end - first), end
-
-  def columns(self, keys: Sequence[str], size: int = 4096) -> dict[str, np.ndarray]:
-    """Some fields of all rows, in order; only these are decoded, `size` rows at a time."""
-    serialized = _reader(self.builder)
-    parse = functools.partial(self._parse, keys=keys)
-    parts = [
-      fields
-      for _, fields in serialized(0, 0, self.rows, 1, 0, size, whole=False)
-      .map(parse)
-      .as_numpy_iterator()
-    ]
-    return {key: np.concatenate([part[key] for part in parts]) for key in keys}
-
-  def _parse(self, index, examples, keys=None):
-    """[B] serialized examples, as `data_prep.builder` writes them -> their fields."""
-    import tensorflow as tf
-
-    features = self.builder.info.features
-    features = {key: features[key] for key in (features if keys is None else keys)}
-    layout = {key: tf.io.FixedLenFeature((), tf.string) for key in features}
-    fields = tf.io.parse_example(examples, layout)
-    for key, feature in features.items():
-      if (kind := tf.as_dtype(feature.np_dtype)) != tf.string:  # raw bytes
-        fields[key] = tf.reshape(tf.io.decode_raw(fields[key], kind), (-1, *feature.shape))
-    return index, fields
+    unread = {*check.STRINGS, *(("text",) if self.options["text"] == "tokens" else ())}
+    keys = [key for key in self.builder.info.features if key not in unread]
+    rows = records.make(self.builder, self.buffer)
+    return rows.passes(key, batch_size, draws, keys, self._batch, skip)
 
   def _batch(self, index, fields):
     batch = data.make_split(fields, f"{self.builder.name}/train", **self.options)
     return data.scale(batch._replace(index=index.astype(np.int32)), self.moments)
-
-
-def _tfrecords(builder: Any) -> Callable:
-  """`(first, turn, end, buffer, seed, own, whole) -> Dataset` of [own] indices with their rows.
-
-  The rows [turn, end) and then [first, turn), shuffled in a buffer and serialized; a file is read
-  in order. `whole` leaves out a last batch of less than `own` rows.
-  """
-  import tensorflow as tf
-
-  split = builder.info.splits["train"]
-  paths = [str(path) for path in split.filepaths]
-  starts = np.concatenate([[0], np.cumsum(split.shard_lengths)])
-
-  def read(start, stop):
-    files = [
-      tf.data.TFRecordDataset(path)
-      .skip(max(start - low, 0))
-      .take(min(stop, high) - max(start, low))
-      for path, low, high in zip(paths, starts[:-1], starts[1:], strict=True)
-      if max(start, low) < min(stop, high)
-    ]
-    return functools.reduce(tf.data.Dataset.concatenate, files).enumerate(start)
-
-  def serialized(first, turn, end, buffer, seed, own, whole=True):
-    rows = read(turn, end)
-    rows = rows.concatenate(read(first, turn)) if turn > first else rows
-    return rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=whole)
-
-  return serialized
-
-
-def _array_records(builder: Any) -> Callable:
-  """`_tfrecords` of files with random access, in the same order: row numbers are shuffled."""
-  import tensorflow as tf
-  from array_record.python import array_record_data_source
-
-  paths = [str(path) for path in builder.info.splits["train"].filepaths]
-  records = array_record_data_source.ArrayRecordDataSource(paths)
-
-  def fetch(index):
-    return np.array(records.__getitems__(index.tolist()), object)
-
-  def serialized(first, turn, end, buffer, seed, own, whole=True):
-    rows = tf.data.Dataset.range(turn, end).concatenate(tf.data.Dataset.range(first, turn))
-    index = rows.shuffle(min(buffer, end - first), seed=seed).batch(own, drop_remainder=whole)
-
-    def with_rows(index):
-      found = tf.numpy_function(fetch, [index], tf.string)
-      return index, tf.ensure_shape(found, index.shape)
-
-    return index.map(with_rows)
-
-  return serialized
-
-
-# How the files of each format are read.
-FORMATS: Mapping[str, Callable[[Any], Callable]] = {
-  "tfrecord": _tfrecords,
-  "array_record": _array_records,
-}
-
-
-def _reader(builder: Any) -> Callable:
-  kind = builder.info.file_format.value
-  if kind not in FORMATS:
-    raise data.DataError(f"{builder.name} is stored as {kind}; what streams are {list(FORMATS)}.")
-  return FORMATS[kind](builder)
 
 
 def make_program(
@@ -266,7 +160,7 @@ def open_dataset(
   """
   tfds = data.import_tfds()
   builder: Any = tfds.builder_from_directory(str(data.dataset_folder(data_dir, name)))
-  _reader(builder)  # refuses other formats at once
+  rows = records.make(builder, buffer)  # refuses other formats at once
   held = data.read_arrays(data_dir, name, splits=("valid", "test"))
   arrays = {"train": data.read_columns(builder, "train[:1]"), **held}
   dataset = data.make_dataset(arrays, name=name, text=text, task=task)
@@ -287,7 +181,7 @@ def open_dataset(
   )
   # the few small columns as a whole
   label = "regression_labels" if task == "regression" else "classification_labels"
-  columns = train.columns(["id", label])
+  columns = rows.columns(["id", label])
   labels = np.concatenate([columns[label].reshape(-1), valid.label, test.label])
   spec = data.make_spec(example, labels, name, task, label_range, card.get("largest_id"))
   return dataset._replace(

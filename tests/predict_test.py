@@ -15,7 +15,9 @@ from command import call, refused
 from experiments import build, settings, workdir
 from mmjax import (
   bert,
+  check,
   checkpoint,
+  conversations,
   data,
   files,
   metrics,
@@ -137,6 +139,29 @@ def test_splits_without_labels_are_read_as_in_training(scores, loaded, tmp_path)
   changed = audio._replace(x=np.where(audio.valid[..., None], np.float32(9), audio.x))
   other = predict.predict(run, dataset.test._replace(audio=changed))["prediction"]
   np.testing.assert_array_equal(other, found["prediction"])
+
+
+def test_conversations_are_those_that_training_would_make(loaded, tmp_path):
+  ids = {
+    split: [f"Ses{s}{n % 3}_x_{'FM'[n % 2]}{n:03d}" for n in range(len(ARRAYS[split]["id"]))]
+    for s, split in enumerate(check.SPLITS)
+  }
+  dataset = conversations.group(loaded[1]._replace(ids=ids))
+  runs.write_reading(tmp_path, runs.reading_of(dataset, {}, (), ("valid/mae",)))
+  (tmp_path / "config.json").write_text(json.dumps({"format": runs.FORMAT}))
+  reading = runs.read_reading(tmp_path)
+  named = {**unlabelled(ARRAYS["test"]), "id": ids["test"]}
+  inputs = predict.prepare(named, "own.pkl", reading)
+  for column in conversations.COLUMNS:
+    np.testing.assert_array_equal(inputs.batch.info[column], dataset.test.info[column])
+  assert "24 utterances of 3 conversations, by the videos in their ids" in inputs.notes
+  with pytest.raises(data.DataError, match="key 'id': found the speaker of 'Ses20_x_M003'"):
+    predict.prepare(named, "own.pkl", reading._replace(speakers=("F",)))
+  # names of our own making, and those of a training without videos, tell nothing
+  for fields, known in ((unlabelled(sample(0)), reading), (named, reading._replace(turns=1))):
+    alone = predict.prepare(fields, "own_3.pkl", known)
+    assert not alone.batch.info["turn"].any()
+    assert any("hold no video" in note for note in alone.notes)
 
 
 def test_one_sample_of_its_own_length_and_its_representation(scores, loaded, tmp_path):
@@ -299,8 +324,8 @@ def numbers(arrays):
 def test_archives_and_files_by_split_or_modality_are_read_as_one_pickle(tmp_path):
   import safetensors.numpy
 
-  def check(paths, expected):
-    found = files.read(paths)
+  def compare(paths, expected):
+    found = files.read(paths).content
     assert found.keys() == expected.keys()
     for split, fields in expected.items():
       assert found[split].keys() == fields.keys()
@@ -308,25 +333,34 @@ def test_archives_and_files_by_split_or_modality_are_read_as_one_pickle(tmp_path
         np.testing.assert_array_equal(np.asarray(found[split][key]), np.asarray(value))
 
   np.savez(tmp_path / "all.npz", **flat(ARRAYS))
-  check([tmp_path / "all.npz"], ARRAYS)
+  compare([tmp_path / "all.npz"], ARRAYS)
   safetensors.numpy.save_file(flat(numbers(ARRAYS), "."), tmp_path / "all.safetensors")
-  check([tmp_path / "all.safetensors"], numbers(ARRAYS))
+  compare([tmp_path / "all.safetensors"], numbers(ARRAYS))
   by_split = [save(tmp_path / f"mosi_{split}.pkl", fields) for split, fields in ARRAYS.items()]
-  check(by_split, ARRAYS)
+  compare(by_split, ARRAYS)
   rest = {s: {k: v for k, v in f.items() if k != "audio"} for s, f in ARRAYS.items()}
   named = {s: {"id": f["id"], "audio": f["audio"]} for s, f in ARRAYS.items()}
   alone = {split: fields["audio"] for split, fields in ARRAYS.items()}
   first = save(tmp_path / "rest.pkl", rest)
-  check([first, save(tmp_path / "more.pkl", named)], ARRAYS)
-  check([first, save(tmp_path / "audio.pkl", alone)], ARRAYS)
+  more = [save(tmp_path / "more.pkl", named), save(tmp_path / "audio.pkl", alone)]
+  for other, notes in zip(more, ([], ["by the order of their rows"]), strict=True):
+    compare([first, other], ARRAYS)
+    found = files.read([first, other])
+    assert len(found.notes) == len(notes) and all(n in found.notes[0] for n in notes)
+    # a fault is told with the file that it stands in
+    with pytest.raises(data.DataError, match=f"^{other}, split 'train', key 'audio'"):
+      check.check({**found.content, "train": {**ARRAYS["train"], "audio": 1}}, found.name, "any")
 
 
 def test_files_that_do_not_go_together_are_told_by_name(tmp_path):
   whole = save(tmp_path / "whole.pkl", ARRAYS)
   ids = {s: {"id": f["id"][::-1]} for s, f in ARRAYS.items()}
   for other, name, words in (
-    (ARRAYS, "again.pkl", "again.pkl, split 'train', key 'raw_text': found it in"),
-    (ids, "ids.pkl", "ids.pkl, split 'train', key 'id': found other ids"),
+    (
+      ids,
+      "ids.pkl",
+      "ids.pkl, split 'train', key 'id': found other values, expected the same as in",
+    ),
     (ARRAYS["test"], "some.pkl", "some.pkl: found the fields of one split"),
     ({s: f["audio"] for s, f in ARRAYS.items()}, "sound.pkl", "as audio.pkl"),
   ):
