@@ -107,7 +107,8 @@ def from_arrays(
   Warns:
     UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
-  return _checked(arrays, name, False, name, text, task, standardize, label_range)
+  found = files.Found(arrays, name, [])
+  return _checked(found, False, name, text, task, standardize, label_range)
 
 
 def from_pickle(
@@ -135,14 +136,16 @@ def from_pickle(
     UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
   paths = [path] if isinstance(path, str | os.PathLike) else list(path)
-  where = ", ".join(map(str, paths))
-  return _checked(files.read(paths), where, True, name, text, task, standardize, label_range)
+  found = files.read(paths)
+  return _checked(found, True, name, text, task, standardize, label_range)
 
 
-def _checked(found, where, own, name, text, task, standardize, label_range) -> Dataset:
+def _checked(found, own, name, text, task, standardize, label_range) -> Dataset:
   _check_options(text, task)
-  checked = check.check(found, where, name, task=task, label_range=label_range, own=own)
-  for note in checked.notes:
+  checked = check.check(
+    found.content, found.name, name, task=task, label_range=label_range, own=own
+  )
+  for note in (*found.notes, *checked.notes):
     warnings.warn(f"{name}: {note}", stacklevel=3)
   return make_dataset(
     checked.arrays,
