@@ -14,9 +14,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, protocol, settings
-from experiments.configs import common
 from mmjax import types
+
+from . import cli, protocol, settings
+from .configs import common
 
 _FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 
-from experiments import settings
 from mmjax import (
   conversations,
   data,
@@ -26,6 +25,8 @@ from mmjax import (
   train,
   types,
 )
+
+from . import settings
 
 Config = settings.Config
 Path = str | os.PathLike
@@ -238,7 +239,7 @@ def outputs(run: Run) -> list[str]:
 
 def describe(config: Config, data_dir: Path) -> dict[str, Any]:
   """What a run is asked for, as its folder records it."""
-  sha256 = data.read_card(str(data_dir), config.data.name)["sha256"]
+  sha256 = data.sha256(str(data_dir), config.data.name)
   return {"config": settings.plain(config), "data": sha256}
 
 

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import pandas as pd
 from absl import flags
 
-from experiments import build, cli, engines, processes, settings, study
-from experiments.report import methods, rates
 from mmjax import evaluate, meta, types
+
+from . import build, cli, engines, processes, settings, study
+from .report import methods, rates
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)

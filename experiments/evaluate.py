@@ -8,9 +8,10 @@ import pathlib
 
 from absl import flags
 
-from experiments import build, cli, processes, samples, settings, workdir
-from experiments.report import rates
 from mmjax import evaluate, runs
+
+from . import build, cli, processes, samples, settings, workdir
+from .report import rates
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.", flag_values=_FLAGS)

@@ -5,8 +5,9 @@ python -m experiments.export --workdir=runs/misa-m3s --out=misa.jaxexport
 
 from absl import flags
 
-from experiments import cli, samples
 from mmjax import runs, serving
+
+from . import cli, samples
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.", flag_values=_FLAGS)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import jax
 import tqdm
 
-from experiments import build, interrupts, workdir
 from mmjax import checkpoint, parallel, sources, train, types
+
+from . import build, interrupts, workdir
 
 COMPILING = "compiling, kept for next time"
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, processes, samples
 from mmjax import files, predict, runs, types
+
+from . import cli, processes, samples
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.", flag_values=_FLAGS)

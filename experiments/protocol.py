@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, engines, processes, settings, study
-from experiments.report import page
 from mmjax import data, evaluate, masking, registry, types
+
+from . import build, cli, engines, processes, settings, study
+from .report import page
 
 MISSING = ("l", "a", "v", "la", "lv", "av")
 CONDITIONS = ("rates", "modalities")
@@ -184,11 +185,11 @@ class Protocol:
       )
 
   def _words(self, binary: str, config: settings.Config) -> dict[str, str]:
-    sha256 = data.read_card(self.data_dir, self.dataset)["sha256"]
+    sha256 = data.sha256(self.data_dir, self.dataset)
     rate = cli.rate_text(settings.plain(config.mask.get("rate", ())))
     seeds = ", ".join(str(seed) for seed in self.seeds)
     return {
-      "command": shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]]),
+      "command": cli.told(shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]])),
       "training": f"{build.title(config)}, missing rate {rate}, {config.mask.name} masks, seeds"
       f" {seeds}",
       "selection": page.selection_in_words(build.is_oracle(config), self._value["valid_rate"]),

@@ -14,8 +14,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, protocol
 from mmjax import models
+
+from . import cli, protocol
 
 _FLAGS = flags.FlagValues()
 _CONFIGS = flags.DEFINE_list(

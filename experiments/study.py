@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import build, interrupts, loop, processes, settings, workdir
 from mmjax import data, evaluate, metrics, train, types
+
+from . import build, interrupts, loop, processes, settings, workdir
 
 SCHEDULES = ("auto", "together", "processes")
 # `rate -> MaskFn` -> conditions of that mask

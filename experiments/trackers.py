@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from experiments import settings
 from mmjax import types
+
+from . import settings
 
 PROJECT = "mmjax"  # where no environment variable names another
 

@@ -14,8 +14,9 @@ import sys
 import jax
 from absl import flags
 
-from experiments import build, child, cli, interrupts, loop, settings, trackers, workdir
 from mmjax import checkpoint, runs, train, types
+
+from . import build, child, cli, interrupts, loop, settings, trackers, workdir
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -118,7 +119,7 @@ def main():
       )
       sys.exit(f"Stopped: {error} Checkpoints are in {_WORKDIR.value}/checkpoints; {where}.")
   print(f"{workdir.told(progress.best)}. Next:")
-  print(f"  python -m experiments.evaluate --workdir={_WORKDIR.value}")
+  print(cli.told(f"  python -m experiments.evaluate --workdir={_WORKDIR.value}"))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from typing import Any
 
 import jax
 
-from experiments import settings, trackers
 from mmjax import checkpoint, runs, train
+
+from . import settings, trackers
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

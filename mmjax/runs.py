@@ -82,7 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
   except (FileNotFoundError, NotADirectoryError):
     raise RunError(
       f"{file} does not exist: {path} holds no training run. Train one with"
-      " `python -m experiments.train --workdir=…`."
+      " `mmjax-train --workdir=…`."
     ) from None
   except json.JSONDecodeError as error:
     raise RunError(f"{file} is damaged ({error}); delete {path}.") from None
@@ -142,11 +142,11 @@ def read_reading(path: Path) -> Reading:
     found = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise RunError(
-      f"{file} does not exist: an older version began this run. `python -m experiments.train"
-      f" --workdir={path}` writes it, where the data are; what is trained is not trained again."
+      f"{file} does not exist: an older version began this run. `mmjax-train --workdir={path}`"
+      " writes it, where the data are; what is trained is not trained again."
     ) from None
   except json.JSONDecodeError as error:
-    raise RunError(f"{file} is damaged ({error}); `experiments.train` writes it anew.") from None
+    raise RunError(f"{file} is damaged ({error}); `mmjax-train` writes it anew.") from None
   spec = {**found["spec"], "label_range": tuple(found["spec"]["label_range"])}
   spec |= {name: types.ModalitySpec(**spec[name]) for name in types.MODALITIES}
   moments = {m: data.as_moments(*parts) for m, parts in found["moments"].items()}

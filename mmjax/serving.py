@@ -57,7 +57,7 @@ def export(
   if run.system.conversations:
     raise types.UsageError(
       "this model reads whole conversations, whose shapes a served batch does not tell: predict"
-      " with `python -m experiments.predict`."
+      " with `mmjax-predict`."
     )
   mask = masking.drop(run.reading.drop)
 

@@ -244,7 +244,7 @@ def test_inspect_prints_the_card_again(converted):
   assert found.returncode == 0
   assert found.stdout.strip() == card.to_text(data.read_card(converted / "data", "any"))
   missing = run("inspect", "--dataset=none", f"--data_dir={converted / 'data'}")
-  assert missing.returncode == 1 and "data_prep.convert" in missing.stderr
+  assert missing.returncode == 1 and "mmjax-prepare" in missing.stderr
   assert "Traceback" not in missing.stderr
 
 

@@ -28,8 +28,9 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from experiments.benchmarks import cases
 from mmjax import meta, models, recurrence, systems, types
+
+from . import cases
 
 _TARGETS = flags.DEFINE_list("target", ["h100", "v5e"], "What to compile for.")
 _SYSTEMS = flags.DEFINE_list("systems", sorted(models.MODELS), "Which systems.")

@@ -184,7 +184,7 @@ def make_module(model: str, setting: Setting, case: Case):
   """The PyTorch module with our parameters in it."""
   import torch
 
-  from experiments.benchmarks import peers  # needs torch, which counting kernels does not
+  from . import peers  # needs torch, which counting kernels does not
 
   widths = [width for _, width in setting.shapes]
   module = peers.MODELS[model](*widths, tokens=setting.tokens).eval().to(peers.DEVICE)

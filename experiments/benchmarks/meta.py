@@ -23,9 +23,10 @@ import tabulate
 import tqdm
 from absl import app, flags
 
-from experiments import processes
-from experiments.benchmarks import cases, peers
 from mmjax import evaluate, masking, meta, plots
+
+from .. import processes
+from . import cases, peers
 
 _QUICK = flags.DEFINE_bool("quick", False, "The smallest setting, the fast peers, no naive unroll.")
 _NAIVE = flags.DEFINE_bool("naive", True, "Compile the naive unroll too, to tell its memory.")

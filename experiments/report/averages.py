@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.report import methods
 from mmjax import metrics, tables
+
+from . import methods
 
 PAPER = pathlib.Path(__file__).with_name("paper_lnln.csv")
 KEYS = ("model", "kind", "condition", "seed", "mask_seed")

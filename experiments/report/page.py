@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments import workdir
-from experiments.report import averages, predictions, rates
 from mmjax import plots, tables, types
+
+from .. import workdir
+from . import averages, predictions, rates
 
 
 class Results(NamedTuple):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.parity import goldens
 from mmjax import optim, types
 from mmjax.models import cubemlp
+
+from .. import goldens
 
 # Recorded intermediates -> ours.
 MIDDLE = {

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.parity import goldens
 from mmjax import masking, optim, types
 from mmjax.models import gcnet
+
+from .. import goldens
 
 NAMES = {"text": "text", "audio": "audio", "vision": "visual"}
 # Recorded name of an intermediate below a graph's -> ours.

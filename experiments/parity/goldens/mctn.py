@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import optax
 
-from experiments.parity import goldens
 from mmjax import optim
 from mmjax.models import mctn
+
+from .. import goldens
 
 OUTPUTS = {
   "video_1": "vision",

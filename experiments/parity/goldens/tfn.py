@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import optax
 
-from experiments.parity import goldens
 from mmjax import optim, systems, torch_import, types
 from mmjax.models import tfn
+
+from .. import goldens
 
 FEATURES = {"t": "text", "a": "audio", "v": "vision"}
 
