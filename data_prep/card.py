@@ -45,6 +45,7 @@ def make_card(
     },
     "labels": {
       split: {key: _histogram(fields[key]) for key in check.LABELS if key in fields}
+      | {k: _histogram(fields[k].nonzero()[1]) for k in (check.BINARY,) if k in fields}  # each yes
       for split, fields in arrays.items()
     },
     "standardize": {

@@ -4,6 +4,7 @@ mmjax-prepare --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data
 mmjax-prepare --pickle=train.npz,valid.npz,test.npz --dataset=mosi --data_dir=data
 
 In the repository `python -m data_prep.convert` is the same. It needs TensorFlow (extra `data`).
+MulT's files are read too: their `labels` [N, 1, 1], and of IEMOCAP [N, 4, 2] or [N, 4].
 """
 
 import argparse

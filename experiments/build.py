@@ -88,20 +88,29 @@ def _mask(given: dict[str, Any], rated: bool) -> types.MaskFn:
   return masking.compose([mask, masking.drop(removed)]) if removed else mask
 
 
-def _test_settings(config) -> dict[str, Any]:
+def test_settings(config: Config) -> dict[str, Any]:
+  """The mask's settings in validation and testing, where entries of `config.valid` hold."""
   taken = settings.takes("mask", settings.factory(config, "mask"))
   own = {k: v for k, v in settings.plain(config.valid).items() if taken is None or k in taken}
   return settings.plain(config.mask) | own
 
 
-def test_mask(config: Config) -> Callable[..., types.MaskFn]:
-  """`rate -> MaskFn` in validation and testing, where entries of `config.valid` hold."""
-  given = _test_settings(config)
-  if not takes_rate(config):
+def test_mask(
+  config: Config, other: Mapping[str, Any] | None = None
+) -> Callable[..., types.MaskFn]:
+  """`rate -> MaskFn` in validation and testing.
+
+  Args:
+    config: of the run; the modalities that its model never sees are missing in any case.
+    other: settings of another mask than the config's `test_settings`.
+  """
+  given = dict(other or test_settings(config))
+  given["drop"] = settings.plain(config.mask.get("drop", ()))
+  if not masking.takes_rate(registry.lookup("mask", masking.MASKS, given["name"])):
     raise types.UsageError(
-      f"mask {config.mask.name!r} takes no rate, and cannot be tested at several: name another one."
+      f"mask {given['name']!r} takes no rate, and cannot be tested at several: name another one."
     )
-  _mask(dict(given), True)  # what it refuses is told before any work
+  _mask({"rate": 0.0, **given}, True)  # what it refuses is told before any work
 
   def mask(rate):
     return _mask({**given, "rate": rate}, True)
@@ -111,7 +120,7 @@ def test_mask(config: Config) -> Callable[..., types.MaskFn]:
 
 def valid_condition(config: Config) -> evaluate.Condition:
   """The missing data of validation: the training's, but for the entries of `config.valid`."""
-  given = _test_settings(config)
+  given = test_settings(config)
   if not takes_rate(config):
     return evaluate.Condition("mask", config.mask.name, lambda: _mask(dict(given), False), {})
   rate = given["rate"]
@@ -179,6 +188,13 @@ def select(config: Config, spec: types.Spec) -> tuple[str, ...]:
 def is_oracle(config: Config) -> bool:
   """Whether the test split selects the epochs."""
   return config.train.select.startswith("test/")
+
+
+def selection(config: Config, spec: types.Spec) -> str:
+  """What picked the epoch, as every row of a table says: "valid/mae at rate 0.5"."""
+  condition = valid_condition(config)
+  oracle = " (TEST ORACLE: each metric its own epoch)" if is_oracle(config) else ""
+  return f"{select(config, spec)[0]} at {condition.kind} {condition.name}{oracle}"
 
 
 def make_run(config: Config, dataset: data.Dataset) -> Run:

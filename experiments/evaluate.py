@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from mmjax import evaluate, runs
+from mmjax import evaluate, masking, runs
 
 from . import build, cli, processes, samples, settings, workdir
 from .report import rates
@@ -73,7 +73,17 @@ def main():
     samples.write_grid(_PREDICTIONS.value, *args)
     print(f"Predictions: {_PREDICTIONS.value}")
   rows = evaluate.score(run.dataset.spec, predictions, split.label, conditions, mask_seeds)
-  rates.write(rows, pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness"))
+  selection = build.selection(run.config, run.dataset.spec)
+  told = {"split": _SPLIT.value, "selection": selection}
+  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness")
+  test = build.test_settings(config)
+  rates.write(
+    [{**told, **row} for row in rows],
+    out,
+    by=("split", "selection", "kind", "condition"),
+    quantity=masking.quantity(test["name"]),
+  )
+  rates.missing(evaluate.count_missing(split, conditions, mask_seeds), out, [test])
 
 
 if __name__ == "__main__":

@@ -28,12 +28,15 @@ RANKS = {
   "regression_labels_A": 1,
   "regression_labels_V": 1,
   "classification_labels": 1,
+  "binary_labels": 2,
   "annotations": 1,
 }
 STRINGS = ("id", "raw_text", "annotations")
 FEATURES = ("text", "audio", "vision")
 REGRESSION, CLASSES = LABELS = ("regression_labels", "classification_labels")
-_GROUPS = (("audio",), ("vision",), ("text", "text_bert"), LABELS)  # of each a key is needed
+BINARY = "binary_labels"  # [N, K] answers, 0 or 1, to K binary problems
+# of each a key is needed
+_GROUPS = (("audio",), ("vision",), ("text", "text_bert"), (*LABELS, BINARY))
 # What known datasets bring: the smallest and largest label, the number of classes.
 LABEL_RANGES = {
   "mosi": (-3.0, 3.0),
@@ -42,6 +45,8 @@ LABEL_RANGES = {
   "simsv2": (-1.0, 1.0),
 }
 NUM_CLASSES = {"iemocap": 4}
+# Names of binary problems, in the order in which MulT's files have them.
+PROBLEMS = {"iemocap": ("neutral", "happy", "sad", "angry")}
 
 
 class DataError(types.UsageError):
@@ -88,7 +93,8 @@ def check(
 
   Args:
     found: {split: {key: array or list}}. Labels may be [N, 1] or [N, 1, 1], classes one-hot [N, C],
-      ids tuples such as (video, start, end); MulT's `labels` stands for the labels.
+      ids tuples such as (video, start, end); MulT's `labels` stands for the labels, and may be the
+      answers to binary problems: [N, K], or one-hot [N, K, 2] of no and yes.
     path: the file (or what else names the data), for messages.
     dataset: its name; known ones bring the labels' range.
     task: "regression" or "classification", if it is known; what only the other needs is not noted.
@@ -121,6 +127,7 @@ def check(
     arrays[split] = _clean(fields, _GROUPS, path, split, notes)
     _check_values(arrays[split], path, split, dataset, label_range)
   _check_across(arrays, path)
+  _add_classes(arrays, notes)
   if CLASSES in arrays["train"]:
     notes += _check_classes(arrays, path) if task != "regression" else []
   if left_out:
@@ -176,9 +183,13 @@ def fail(path, split=None, key=None, *, found, expected) -> NoReturn:
 
 def _name_labels(fields, path, split, dataset, notes) -> None:
   """MulT's files call the labels `labels`."""
-  if "labels" in fields and not any(key in fields for key in LABELS):
+  if "labels" in fields and not any(key in fields for key in (*LABELS, BINARY)):
+    labels = _numbers(fields.pop("labels"), path, split, "labels")
     key = CLASSES if known(NUM_CLASSES, dataset) else REGRESSION
-    fields[key] = fields.pop("labels")
+    several = labels.ndim == 2 and np.isin(labels, (0, 1)).all() and (labels.sum(1) != 1).any()
+    if labels.ndim == 3 and labels.shape[2] == 2 or key == CLASSES and several:
+      key = BINARY
+    fields[key] = labels
     notes.append(f"'labels' were read as {key!r}")
 
 
@@ -197,6 +208,8 @@ def _clean(fields, needed, path, split, notes) -> dict[str, np.ndarray]:
       clean[key] = _texts(value, path, split, key)
     elif key in LABELS or key.startswith(REGRESSION):
       clean[key] = _labels(_numbers(value, path, split, key), path, split, key, notes)
+    elif key == BINARY:
+      clean[key] = _answers(_numbers(value, path, split, key), path, split)
     else:
       clean[key] = _shaped(_numbers(value, path, split, key), rank, path, split, key)
   if "id" not in clean:
@@ -278,6 +291,29 @@ def _labels(array, path, split, key, notes) -> np.ndarray:
     expected = "one label for each row, [N]; keep one column, such as labels[:, 0]"
     fail(path, split, key, found=shape, expected=expected)
   return array
+
+
+def _answers(array, path, split) -> np.ndarray:
+  """[N, K] answers to binary problems, 0 or 1."""
+  pairs = array.ndim == 3 and array.shape[2] == 2
+  if not np.isin(array, (0, 1)).all() or (pairs and (array.sum(2) != 1).any()):
+    expected = "answers 0 or 1, or rows (1, 0) for no and (0, 1) for yes"
+    fail(path, split, BINARY, found="other values", expected=expected)
+  array = array.argmax(2) if pairs else array
+  if array.ndim != 2 or array.shape[1] < 2:
+    expected = "[N, K] answers to at least two problems, or [N, K, 2] of no and yes"
+    fail(path, split, BINARY, found=f"shape {array.shape}", expected=expected)
+  return array.astype(np.int64)
+
+
+def _add_classes(arrays, notes) -> None:
+  """Where every sample has exactly one yes, binary problems are classes too."""
+  if CLASSES in arrays[SPLITS[0]] or BINARY not in arrays[SPLITS[0]]:
+    return
+  if all((fields[BINARY].sum(1) == 1).all() for fields in arrays.values()):
+    for fields in arrays.values():
+      fields[CLASSES] = fields[BINARY].argmax(1)
+    notes.append(f"{BINARY!r} have one yes in each row and were read as {CLASSES!r} too")
 
 
 def _at_fault(path, split, key, clean, wrong, expected) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from mmjax.check import LABEL_RANGES, SPLITS, DataError
 CARD = "card.json"  # the statistics beside a converted dataset
 FILES = (".pkl", ".npz", ".safetensors")  # feature files
 TEXTS = ("features", "tokens")
-TASKS = ("regression", "classification")
+TASKS = ("regression", "classification", "binary")
 STANDARDIZED = ("audio", "vision")
 
 Arrays = Mapping[str, Mapping[str, Any]]
@@ -90,7 +90,9 @@ def from_arrays(
     name: the dataset's name; known ones bring their label range.
     text: "features" reads `text`; "tokens" reads the ids of `text_bert`, for a model with a
       BERT.
-    task: "regression" reads `regression_labels`, "classification" `classification_labels`.
+    task: "regression" reads `regression_labels`, "classification" `classification_labels`; "binary"
+      asks of each class whether it is the sample's: it reads `binary_labels`, or the classes where
+      there are none (of IEMOCAP in the order of `check.PROBLEMS`).
     standardize: whether audio and vision are standardized by the mean and standard deviation of
       the training split's valid steps (padding stays 0). Text is not.
     label_range: smallest and largest label of the scale, if the name is not a known one; by
@@ -215,6 +217,13 @@ def make_spec(
   """
   known = check.known(LABEL_RANGES, name)
   text, audio, vision = (_spec(getattr(train, m)) for m in types.MODALITIES)
+  classes, problems = int(labels.max()) + 1 if task != "regression" else 0, ()
+  if task == "binary":
+    numbered = tuple(str(k) for k in range(max(2, (classes - 1).bit_length())))
+    problems = check.known(check.PROBLEMS, name) or numbered
+    if classes > 2 ** len(problems):
+      raise DataError(f"{name}: expected the answers to {len(problems)} binary problems, not more.")
+    classes = 2 ** len(problems)
   if text.tokens and largest_id is not None:
     text = text._replace(vocab=largest_id + 1)
   return types.Spec(
@@ -222,8 +231,9 @@ def make_spec(
     audio,
     vision,
     num_train=len(train.index),
-    num_classes=int(labels.max()) + 1 if task == "classification" else 0,
+    num_classes=classes,
     label_range=label_range or known or (float(labels.min()), float(labels.max())),
+    problems=problems,
   )
 
 
@@ -249,8 +259,7 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
     for m in ("audio", "vision")
   }
   valid = valid_steps({**fields, **others}, text)
-  key = "regression_labels" if task == "regression" else "classification_labels"
-  label: Any = _get(fields, key, where, f"which task={task!r} reads").reshape(-1)
+  label: Any = read_labels(fields, where, task)
   for letter, modality in (("T", "text"), ("A", "audio"), ("V", "vision")):
     if f"regression_labels_{letter}" in fields:
       values = np.asarray(fields[f"regression_labels_{letter}"], np.float32)
@@ -259,10 +268,28 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
   return types.Batch(
     text=types.modality(x, valid["text"]),
     **{m: types.modality(others[m], valid[m]) for m in others},
-    label=label.astype(np.float32 if task == "regression" else np.int32),
+    label=label,
     index=index,
     info=info,
   )
+
+
+def label_key(fields: Collection[str], task: str) -> str:
+  """The field in which a task's labels stand."""
+  if task == "binary" and check.BINARY in fields:
+    return check.BINARY
+  return check.REGRESSION if task == "regression" else check.CLASSES
+
+
+def read_labels(fields: Mapping[str, Any], where: str, task: str) -> np.ndarray:
+  """[N] labels of a task: float32, classes int32, or the answers to binary problems by number."""
+  key = label_key(fields, task)
+  found: Any = _get(fields, key, where, f"which task={task!r} reads")
+  if key == check.BINARY:
+    return (found.astype(int) << np.arange(found.shape[1])[None]).sum(1).astype(np.int32)
+  if task == "binary":
+    return (1 << found.reshape(-1).astype(int)).astype(np.int32)
+  return found.reshape(-1).astype(np.float32 if task == "regression" else np.int32)
 
 
 def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str, np.ndarray]:

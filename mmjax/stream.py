@@ -180,9 +180,9 @@ def open_dataset(
     buffer,
   )
   # the few small columns as a whole
-  label = "regression_labels" if task == "regression" else "classification_labels"
-  columns = rows.columns(["id", label])
-  labels = np.concatenate([columns[label].reshape(-1), valid.label, test.label])
+  columns = rows.columns(["id", data.label_key(builder.info.features, task)])
+  labels = [data.read_labels(columns, f"{name}/train", task), valid.label, test.label]
+  labels = np.concatenate(labels)
   spec = data.make_spec(example, labels, name, task, label_range, card.get("largest_id"))
   return dataset._replace(
     train=train,

@@ -241,6 +241,32 @@ def test_every_model_has_settings():
   assert SETTINGS.keys() == models.MODELS.keys()
 
 
+def traced(name):
+  """A system of binary problems, its batch, and the shapes of its parameters; nothing compiles."""
+  case = Case.__new__(Case)
+  case.spec = make_spec(False, 8)._replace(problems=("happy", "sad", "angry"))
+  case.system = models.MODELS[name](**SETTINGS[name])
+  return case, case.make_batch(), jax.eval_shape(lambda: case.system.init(make_key(0), case.spec))
+
+
+def test_every_system_takes_binary_problems():
+  """They are classes to it; its head's shape tells them from as many plain classes."""
+  for name in models.MODELS:
+    case, batch, (params, extra) = traced(name)
+    assert (3, 2) in [leaf.shape for leaf in jax.tree.leaves(params)], name
+    found = jax.eval_shape(case.system.predict, params, batch, extra)
+    assert found["prediction"].shape == (ROWS, 8), name
+
+
+@pytest.mark.slow
+def test_every_system_trains_on_binary_problems():
+  for name in models.MODELS:
+    case, batch, (params, extra) = traced(name)
+    for phase in case.system.phases:
+      value, _ = jax.eval_shape(phase.loss, params, batch, make_key(1), extra)
+      assert value.shape == (), name
+
+
 def test_unknown_settings_are_refused():
   for make in models.MODELS.values():
     with pytest.raises(TypeError, match="hiden_size"):

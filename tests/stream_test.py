@@ -42,7 +42,9 @@ def test_a_streamed_dataset_describes_itself_as_one_in_memory(streamed, in_memor
   chex.assert_trees_all_close(streamed.valid, in_memory.valid, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, dict(text="tokens", task="classification")])
+@pytest.mark.parametrize(
+  "options", [{}, dict(text="tokens", task="classification"), dict(task="binary")]
+)
 def test_options_mean_what_they_mean_in_memory(folder, options):
   ours, theirs = (load(folder, "small", **options) for load in (stream.open_dataset, data.load))
   assert (ours.spec, ours.ids, ours.name) == (theirs.spec, theirs.ids, theirs.name)
