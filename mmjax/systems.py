@@ -46,7 +46,7 @@ from mmjax import layers, registry, types
 
 # What networks compute in, see `in_precision`.
 PRECISIONS = ("float32", "bfloat16")
-_DTYPE = contextvars.ContextVar("mmjax_network_dtype", default=None)
+_DTYPE: contextvars.ContextVar[Any] = contextvars.ContextVar("mmjax_network_dtype", default=None)
 # Attributes of a network that are no settings: the first is the data's, the others are linen's.
 _NOT_SETTINGS = ("num_outputs", "parent", "name")
 

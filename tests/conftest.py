@@ -27,6 +27,20 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import pytest  # noqa: E402
 
+# Files whose systems share no program: tests of one system stay together, not the whole file.
+BY_SYSTEM = ("models_test.py", "parity_test.py")
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    group = item.path.name
+    if group in BY_SYSTEM:
+      given = item.callspec.params if hasattr(item, "callspec") else {}
+      name = given["case"][0] if "case" in given else given.get("name", "")
+      group = f"{group}:{name}"
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 
 
