@@ -97,7 +97,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_FLAGS["schedule"].value, engine)
+  runs.train(str(_FLAGS["schedule"].value), engine)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
   for variant in {variant.columns["missing_rate"]: variant for variant in variants}.values():
     same = constant.rows(runs.dataset(variant), conditions(variant.config), column="method")

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from command import ROOT, call, final, refused
+from data_prep import convert
 from experiments import protocol, protocols, robustness, workdir
 from mmjax import data, runs, stream, synthetic, types
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mmjax import metrics, plots, tables, types
 
-from .. import workdir
+from .. import protocols, workdir
 from . import averages, predictions, rates
 
 
