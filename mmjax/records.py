@@ -6,6 +6,7 @@ array_record files have random access and are read through Grain, in the order o
 
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ from mmjax import data, sources, types
 Make = Callable[[np.ndarray, dict[str, np.ndarray]], types.Batch]
 
 
+_ALIGNMENT = 64  # bytes
+
+
 class Records(Protocol):
   """The rows of a format's files."""
 
@@ -30,6 +34,7 @@ class Records(Protocol):
     keys: Sequence[str],
     make: Make,
     skip: int,
+    steps: int,
   ) -> Iterator[tuple[types.Batch, ...]]:
     """Passes over all rows, independent and side by side; see `stream.Stream.batches`.
 
@@ -40,6 +45,7 @@ class Records(Protocol):
       keys: fields that are decoded.
       make: what it is given becomes a batch.
       skip: batches that are left out at the beginning.
+      steps: batches that are read as one.
     """
     ...
 
@@ -62,21 +68,23 @@ class TfRecords:
     self._paths = [str(path) for path in split.filepaths]
     self._starts = np.concatenate([[0], np.cumsum(split.shard_lengths)])
 
-  def passes(self, key, batch_size, draws, keys, make, skip):
+  def passes(self, key, batch_size, draws, keys, make, skip, steps):
     """See `Records`."""
     seeds = np.asarray(jax.random.bits(key, (draws, 2), "uint32")).astype(np.int64)
-    own = batch_size // jax.process_count()
+    own, count = batch_size // jax.process_count(), self._rows // batch_size
     parse = functools.partial(self._parse, keys=keys)
     # read and parsed as batches: row by row it takes twice the time
     passes = [
       self._rows_from(turn)
       .shuffle(self._buffer, seed=seed)
-      .batch(own, drop_remainder=True)
+      .take(count * own)
+      .skip(skip * own)
+      .batch(steps * own)
       .map(parse)
       for turn, seed in seeds
     ]
-    drawn = type(passes[0]).zip(tuple(passes)).take(self._rows // batch_size).skip(skip)
-    for fields in drawn.prefetch(2).as_numpy_iterator():
+    drawn = type(passes[0]).zip(tuple(passes))
+    for fields in drawn.prefetch(1).as_numpy_iterator():
       yield tuple(make(index, rows) for index, rows in fields)
 
   def columns(self, keys):
@@ -115,7 +123,8 @@ class TfRecords:
     layout = {key: tf.io.FixedLenFeature((), tf.string) for key in features}
     fields = tf.io.parse_example(examples, layout)
     for key, feature in features.items():
-      if (kind := tf.as_dtype(feature.np_dtype)) != tf.string:  # raw bytes
+      kind = tf.as_dtype(feature.np_dtype)
+      if kind != tf.string:  # raw bytes
         fields[key] = tf.reshape(tf.io.decode_raw(fields[key], kind), (-1, *feature.shape))
     return index, fields
 
@@ -137,21 +146,22 @@ class ArrayRecords:
     paths = [str(path) for path in split.filepaths]
     self._records: Any = grain_sources.ArrayRecordDataSource(paths)
 
-  def passes(self, key, batch_size, draws, keys, make, skip):
+  def passes(self, key, batch_size, draws, keys, make, skip, steps):
     """See `Records`."""
     import grain
 
     hosts, host = jax.process_count(), jax.process_index()
-    steps = self._rows // batch_size
-    orders = np.asarray(sources.orders(key, self._rows, draws))[:, : steps * batch_size]
-    own = orders.reshape(draws, steps, hosts, -1)[:, :, host].swapaxes(0, 1)  # [steps, draws, B]
+    count = self._rows // batch_size
+    orders = np.asarray(sources.orders(key, self._rows, draws))[:, : count * batch_size]
+    own = orders.reshape(draws, count, hosts, -1)[:, skip:, host]  # [draws, steps, B]
+    blocks = [own[:, at : at + steps].reshape(draws, -1) for at in range(0, own.shape[1], steps)]
 
     def read(index):
       return tuple(make(rows, self._read(rows, keys)) for rows in index)
 
     threads = max(1, min(8, (os.cpu_count() or 1) // 2))  # the others compute
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    return iter(grain.MapDataset.source(list(own[skip:])).map(read).to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return iter(grain.MapDataset.source(blocks).map(read).to_iter_dataset(options))
 
   def columns(self, keys):
     """See `Records`."""
@@ -162,7 +172,7 @@ class ArrayRecords:
     proto: Any = importlib.import_module("tensorflow_datasets.proto.tf_example_generated_pb2")
     features = {key: self._features[key] for key in keys}
     found = {
-      key: np.empty((len(index), *feature.shape), feature.np_dtype)
+      key: _empty((len(index), *feature.shape), np.dtype(feature.np_dtype))
       for key, feature in features.items()
     }
     for row, number in enumerate(index):
@@ -173,6 +183,16 @@ class ArrayRecords:
           value = np.frombuffer(value, values.dtype).reshape(values.shape[1:])
         values[row] = value
     return found
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """`np.empty`, aligned so that JAX takes numbers without a copy on a CPU."""
+  if dtype.kind not in "fiub":
+    return np.empty(shape, object)
+  size = math.prod(shape) * dtype.itemsize
+  held = np.empty(size + _ALIGNMENT, np.uint8)
+  first = -held.ctypes.data % _ALIGNMENT
+  return held[first : first + size].view(dtype).reshape(shape)
 
 
 # How the files of each format are read.

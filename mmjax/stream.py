@@ -1,5 +1,7 @@
 """Training splits that stay on disk: read and shuffled while the device computes."""
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax import check, data, parallel, records, sources, types
+
+_BLOCK = 1 << 27  # bytes that are read as one: small ones cost more than the steps on them
 
 
 class Stream(NamedTuple):
@@ -56,12 +60,15 @@ class Stream(NamedTuple):
     mesh: Mesh | None = None,
     together: bool = False,
   ) -> sources.Steps:
-    """See `sources.Source.make_steps`; a step is a program of its own."""
+    """See `sources.Source.make_steps`; a program runs the steps of what is read as one."""
     program = make_program(advance, mesh, together=together)
-    return _Steps(self, program, batch_size, draws, mesh, together)
+    leaves = jax.tree.leaves(self.shapes(batch_size * draws))
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
+    steps = max(1, min(_BLOCK // size, self.rows // batch_size))
+    return _Steps(self, program, batch_size, draws, steps, mesh, together)
 
   def batches(
-    self, key: types.PRNGKey, batch_size: int, draws: int, skip: int = 0
+    self, key: types.PRNGKey, batch_size: int, draws: int, skip: int = 0, steps: int = 1
   ) -> Iterator[tuple[types.Batch, ...]]:
     """One epoch, a function of the key alone.
 
@@ -70,14 +77,15 @@ class Stream(NamedTuple):
       batch_size: B; this process gives its B / processes rows of each batch.
       draws: independent passes side by side: 2 for M³S.
       skip: batches that are left out at the beginning.
+      steps: S, batches that are read as one.
 
     Yields:
-      A batch of host arrays for each draw; N // B times in all.
+      A batch of S · B rows on the host for each draw, less at the end; N // B batches in all.
     """
     unread = {*check.STRINGS, *(("text",) if self.options["text"] == "tokens" else ())}
     keys = [key for key in self.builder.info.features if key not in unread]
     rows = records.make(self.builder, self.buffer)
-    return rows.passes(key, batch_size, draws, keys, self._batch, skip)
+    return rows.passes(key, batch_size, draws, keys, self._batch, skip, steps)
 
   def _batch(self, index, fields):
     batch = data.make_split(fields, f"{self.builder.name}/train", **self.options)
@@ -87,54 +95,97 @@ class Stream(NamedTuple):
 def make_program(
   advance: sources.Advance, mesh: Mesh | None, *, together: bool = False
 ) -> Callable[..., tuple]:
-  """The jitted `(state, sums, drawn, key) -> (state, sums, finite)` of one step of a stream.
+  """The jitted `(state, sums, block, key, start, stop) -> (state, sums, finite)`.
+
+  It runs the steps [start, stop) of a block, up to the first that is not finite.
 
   Args:
-    advance: the step; state and sums are consumed.
-    mesh: devices that share the rows of each draw.
-    together: whether all arguments have a leading axis of runs.
+    advance: a step; state and sums are consumed.
+    mesh: devices that share the rows of each batch.
+    together: whether state, sums, block and key have a leading axis of runs.
   """
 
-  def one(state, sums, drawn, key):
-    # stacked, as `meta` takes them apart again: rows that are concatenated would change devices
-    join = lambda *parts: jnp.stack(parts).reshape(-1, *parts[0].shape[1:])  # noqa: E731
-    return advance(state, sums, jax.tree.map(join, *drawn), key)
+  def run(state, sums, block, key, start, stop):
+    def join(at, *draws):
+      # stacked, as `meta` takes them apart again: rows that are concatenated would change devices
+      rows = jnp.stack([jax.lax.dynamic_index_in_dim(a, at, keepdims=False) for a in draws])
+      return rows.reshape(-1, *rows.shape[2:])
 
-  return parallel.jit(jax.vmap(one) if together else one, mesh, donate_argnums=(0, 1))
+    def unfinished(carry):
+      return (carry[2] < stop) & carry[3]
+
+    def body(carry):
+      state, sums, at, _ = carry
+      batch = jax.tree.map(functools.partial(join, at), *block)
+      state, sums, finite = advance(state, sums, batch, key)
+      return state, sums, at + 1, finite
+
+    state, sums, _, finite = jax.lax.while_loop(
+      unfinished, body, (state, sums, start, jnp.bool_(True))
+    )
+    return state, sums, finite
+
+  if together:
+    run = jax.vmap(run, in_axes=(0, 0, 0, 0, None, None))
+  return parallel.jit(run, mesh, donate_argnums=(0, 1))
 
 
 class _Steps:
-  """Runs steps one by one; the next batch is read while the device computes.
+  """Runs the steps of block after block; the next one is read while the device computes.
 
   It remembers where the last call ended, so that going on there reads nothing twice.
   """
 
-  def __init__(self, stream, program, batch_size, draws, mesh, together):
+  def __init__(self, stream, program, batch_size, draws, steps, mesh, together):
     self._stream, self._program, self._mesh = stream, program, mesh
-    self._batch_size, self._draws, self._together = batch_size, draws, together
-    self._place, self._upcoming, self._batches = None, None, iter(())
+    self._batch_size, self._draws, self._size = batch_size, draws, steps
+    self._together = together
+    self._place, self._begin = None, 0
+    self._block, self._upcoming, self._blocks = None, None, iter(())
 
   def __call__(self, state, sums, key, epoch, start, stop):
     at, finite = int(start), np.bool_(True)
     if self._place != (int(epoch), at):
-      self._batches = self._read(key, epoch, at)
-      self._upcoming = next(self._batches)
+      self._blocks, self._begin = self._read(key, epoch, at), at
+      self._block, self._upcoming = next(self._blocks), None
     while np.all(finite) and at < stop:
-      state, sums, finite = self._program(state, sums, self._upcoming, key)
-      at, self._upcoming = at + 1, next(self._batches, None)  # while the device computes
+      if at == self._begin + self._size:
+        self._block = self._upcoming or next(self._blocks)
+        self._begin, self._upcoming = at, None
+      first, end = at - self._begin, min(stop - self._begin, self._size)
+      state, sums, finite = self._program(
+        state, sums, self._block, key, np.int32(first), np.int32(end)
+      )
+      at = self._begin + end
+      if self._upcoming is None:  # while the device computes
+        self._upcoming = next(self._blocks, None)
     self._place = (int(epoch), at)
     return state, sums, finite
 
   def _read(self, key, epoch, skip):
     passes = [
-      self._stream.batches(sources.order_key(one, epoch), self._batch_size, self._draws, skip=skip)
+      self._stream.batches(
+        sources.order_key(one, epoch), self._batch_size, self._draws, skip, self._size
+      )
       for one in (key if self._together else [key])
     ]
     if self._together:
       return (
-        jax.tree.map(lambda *rows: jnp.stack(rows), *runs) for runs in zip(*passes, strict=True)
+        jax.tree.map(lambda *runs: jnp.stack(runs), *map(self._shape, runs))
+        for runs in zip(*passes, strict=True)
       )
-    return (parallel.assemble(drawn, self._mesh) for drawn in passes[0])
+    return (parallel.assemble(self._shape(drawn), self._mesh, axis=1) for drawn in passes[0])
+
+  def _shape(self, drawn):
+    """[S · B, …] -> [S, B, …], filled up at the end of an epoch: one program for all."""
+    own = self._batch_size // jax.process_count()
+    lack = self._size * own - drawn[0].index.shape[0]
+
+    def shape(a):
+      a = np.pad(a, [(0, lack)] + [(0, 0)] * (a.ndim - 1)) if lack else a
+      return a.reshape(self._size, own, *a.shape[1:])
+
+    return jax.tree.map(shape, drawn)
 
 
 def open_dataset(

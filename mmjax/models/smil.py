@@ -78,7 +78,7 @@ class Pass(NamedTuple):
 def _gaussian_kl(mean: Array, std: Array) -> Array:
   """[B, ...] KL(N(mean, std²) ‖ N(0, 1)), summed over all but the first axis."""
   each = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
-  return each.reshape(len(each), -1).sum(1)
+  return each.reshape(each.shape[0], -1).sum(1)
 
 
 class Fusion(nn.Module):
