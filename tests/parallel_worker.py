@@ -44,6 +44,7 @@ def main(out, hosts="", data_dir=""):
   if hosts:
     address, count, number = hosts.split(",")
     jax.distributed.initialize(address, int(count), int(number))
+  parallel.LEAST_ROWS = 1  # or one core would do
   mesh = parallel.make_mesh(8)
   out = pathlib.Path(out)
   seen = []
