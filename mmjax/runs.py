@@ -147,7 +147,8 @@ def read_reading(path: Path) -> Reading:
     ) from None
   except json.JSONDecodeError as error:
     raise RunError(f"{file} is damaged ({error}); `mmjax-train` writes it anew.") from None
-  spec = {**found["spec"], "label_range": tuple(found["spec"]["label_range"])}
+  tuples = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731 - of JSON
+  spec = {name: tuples(value) for name, value in found["spec"].items()}
   spec |= {name: types.ModalitySpec(**spec[name]) for name in types.MODALITIES}
   moments = {m: data.as_moments(*parts) for m, parts in found["moments"].items()}
   lists = {name: tuple(found[name]) for name in ("classes", "drop", "select", "speakers")}
