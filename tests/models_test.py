@@ -8,7 +8,9 @@ import collections
 import functools
 import itertools
 import json
+from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -169,7 +171,6 @@ class Case:
     self.name, self.spec = name, make_spec(tokens, num_classes)
     self.system = models.MODELS[name](**SETTINGS[name])
     self.batch = self.make_batch()
-    self.init = jax.jit(lambda key: self.system.init(key, self.spec))
     self.params, self.extra = self.init(make_key(0))
     self.traces = collections.Counter()
     self.predict = jax.jit(self.counted("predict", self.system.predict))
@@ -178,6 +179,19 @@ class Case:
       phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
       for phase in self.system.phases
     }
+
+  def init(self, key):
+    """`System.init`, draw by draw: equal draws of all systems then share a program."""
+    of_shapes = nn.Module.lazy_init
+
+    def init(module, key, *args, **kwargs):
+      args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+      with mock.patch.object(nn.Module, "init", whole):
+        return of_shapes(module, key, *args, **kwargs)
+
+    whole = nn.Module.init
+    with mock.patch.object(nn.Module, "init", init), mock.patch.object(jax, "jit", lambda f: f):
+      return self.system.init(key, self.spec)
 
   def make_batch(self, seed=0):
     """`make_batch`; for a system of conversations, a conversation of two speakers."""
