@@ -230,7 +230,8 @@ def _folder(module: str) -> pathlib.Path | None:
 def devices(target: str, count: int = 1) -> list[Any]:
   """Devices of the target, up to four, that no one needs to have."""
   find_compiler(target)
-  asked = {name: text.replace("COUNT", str(count)) for name, text in TARGETS[target].topology.items()}
+  topology = TARGETS[target].topology
+  asked = {name: text.replace("COUNT", str(count)) for name, text in topology.items()}
   return topologies.get_topology_desc(**asked).devices[:count]
 
 
