@@ -84,7 +84,7 @@ class Target(NamedTuple):
 
   Attributes:
     packages: the modules of the compiler, and the distributions that they are in.
-    topology: arguments that describe the machine.
+    topology: arguments that describe the machine of COUNT devices.
     options: of the compiler, each a further try where the one before it fails.
   """
 
@@ -97,7 +97,7 @@ _UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to tune on
 TARGETS = {
   "h100": Target(
     {"jax_plugins.xla_cuda12": "jax-cuda12-plugin", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12"},
-    dict(platform="cuda", topology_name="h100", topology="1x1x4", target_config=H100),
+    dict(platform="cuda", topology_name="h100", topology="1x1xCOUNT", target_config=H100),
     # untuned, it finds no tiles for a few products
     (_UNTUNED, {**_UNTUNED, "xla_gpu_enable_triton_gemm": False}),
   ),
@@ -227,15 +227,17 @@ def _folder(module: str) -> pathlib.Path | None:
 
 
 @functools.cache
-def devices(target: str) -> list[Any]:
-  """Four devices of the target that no one needs to have."""
+def devices(target: str, count: int = 1) -> list[Any]:
+  """Devices of the target, up to four, that no one needs to have."""
   find_compiler(target)
-  return topologies.get_topology_desc(**TARGETS[target].topology).devices
+  topology = TARGETS[target].topology
+  asked = {name: text.replace("COUNT", str(count)) for name, text in topology.items()}
+  return topologies.get_topology_desc(**asked).devices[:count]
 
 
 def make_mesh(target: str, count: int) -> Mesh | None:
   """Some devices of the target, to share rows; None for one."""
-  return None if count == 1 else Mesh(np.array(devices(target)[:count]), (parallel.AXIS,))
+  return None if count == 1 else Mesh(np.array(devices(target, count)), (parallel.AXIS,))
 
 
 def compile_for(
