@@ -148,7 +148,7 @@ def read_reading(path: Path) -> Reading:
   except json.JSONDecodeError as error:
     raise RunError(f"{file} is damaged ({error}); `mmjax-train` writes it anew.") from None
   tuples = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731 - of JSON
-  spec = {name: tuples(value) for name, value in found["spec"].items()}
+  spec: dict[str, Any] = {name: tuples(value) for name, value in found["spec"].items()}
   spec |= {name: types.ModalitySpec(**spec[name]) for name in types.MODALITIES}
   moments = {m: data.as_moments(*parts) for m, parts in found["moments"].items()}
   lists = {name: tuple(found[name]) for name in ("classes", "drop", "select", "speakers")}
