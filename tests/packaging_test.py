@@ -52,8 +52,9 @@ def binaries(wheel, tmp_path_factory):
   run(sys.executable, "-m", "venv", "--without-pip", folder)
   python = folder / "bin" / "python"
   pip = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", f"--python={python}")
-  # elsewhere: beside mmjax.egg-info pip takes the wheel for installed
-  run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+  # in sight of the repository's mmjax.egg-info, pip would take the wheel for installed
+  own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+  run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder, env=own)
   (packages,) = folder.glob("lib/python*/site-packages")
   # the packages of this environment, but not what is installed there as editable
   lines = [*site.getsitepackages(), "import sys; sys.modules['tensorflow'] = None"]
