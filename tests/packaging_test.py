@@ -24,6 +24,10 @@ SOURCES = (
 )
 
 
+# In sight of the repository's mmjax.egg-info, pip would take the wheel for installed.
+ELSEWHERE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def run(*command, **kwargs):
   done = subprocess.run(command, capture_output=True, text=True, **kwargs)
   assert done.returncode == 0, (command, done.stdout, done.stderr)
@@ -52,9 +56,7 @@ def binaries(wheel, tmp_path_factory):
   run(sys.executable, "-m", "venv", "--without-pip", folder)
   python = folder / "bin" / "python"
   pip = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", f"--python={python}")
-  # in sight of the repository's mmjax.egg-info, pip would take the wheel for installed
-  own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-  run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder, env=own)
+  run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder, env=ELSEWHERE)
   (packages,) = folder.glob("lib/python*/site-packages")
   # the packages of this environment, but not what is installed there as editable
   lines = [*site.getsitepackages(), "import sys; sys.modules['tensorflow'] = None"]
@@ -92,17 +94,14 @@ def test_a_study_and_its_trainings_run_from_the_wheel(binaries, tmp_path):
   arrays = synthetic.make_arrays(seed=1, num_train=64, num_valid=24, num_test=24)
   synthetic.write_pickle(tmp_path / "data" / "mosi.pkl", arrays)
   (tmp_path / "own.py").write_text("from mmjax.models.misa import make\n")  # found where one is
-  environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
   settings = ("--set=train.epochs=1", "--set=train.batch_size=32", "--set=model.name=own:make")
   output = run(
     *(binaries / "mmjax-compare", "--config=misa:mosi", *settings, "--set=model.hidden_size=4"),
     *("--methods=orig", "--seeds=1", "--out=out", "--missing_rate=0.5", "--test_rate=0.5"),
     cwd=tmp_path,
-    env=environment,
+    env=ELSEWHERE,
   )
   assert "ORIG" in output and (tmp_path / "out" / "comparison.csv").exists()
-  text = run(
-    binaries / "mmjax-train", "--config=misa:mosi", "--help", cwd=tmp_path, env=environment
-  )
+  text = run(binaries / "mmjax-train", "--config=misa:mosi", "--help", cwd=tmp_path, env=ELSEWHERE)
   assert "mmjax-train --config=misa:mosi" in text and "python -m" not in text
   assert "model.hidden_size" in text
