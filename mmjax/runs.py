@@ -110,12 +110,24 @@ def reading_of(
   if given.get("folder"):
     sizes = {**bert.setup(given).config._asdict(), "from_scratch": True}
   count = dataset.spec.num_classes
-  named = dataset.classes if len(dataset.classes) == count else map(str, range(count))
+  names = _answers(dataset.spec.problems) or dataset.classes
+  named = names if len(names) == count else map(str, range(count))
   found = Reading(dataset.spec, dataset.moments, tuple(named), tuple(drop), tuple(select), sizes)
   if isinstance(dataset.train, types.Batch) and conversations.is_grouped(dataset.train):
     turns, speakers = dataset.train.info["turn"], conversations.speakers(dataset.ids)
     found = found._replace(turns=int(turns.max()) + 1, speakers=tuple(speakers))
   return found
+
+
+def _answers(problems: Sequence[str]) -> tuple[str, ...]:
+  """All answers to binary problems, "happy+sad" or "none", in `data.read_labels` order."""
+  if not problems:
+    return ()
+  answers = range(2 ** len(problems))
+  return tuple(
+    "+".join(name for k, name in enumerate(problems) if answer >> k & 1) or "none"
+    for answer in answers
+  )
 
 
 def write_reading(path: Path, reading: Reading) -> None:

@@ -102,6 +102,18 @@ def predictions(workdir, path, *more):
   return pd.read_csv(out), output
 
 
+def test_answers_to_binary_problems_are_told_by_their_names():
+  arrays = {
+    split: {**fields, "classification_labels": np.arange(len(fields["id"])) % 4}
+    for split, fields in ARRAYS.items()
+  }
+  dataset = data.from_arrays(arrays, name="iemocap", task="binary")
+  classes = runs.reading_of(dataset, {}, (), ("valid/acc",)).classes
+  named = [classes[label] for label in dataset.train.label[:4]]
+  assert named == ["neutral", "happy", "sad", "angry"]
+  assert len(classes) == 16 and classes[0] == "none" and classes[0b0110] == "happy+sad"
+
+
 def test_a_folder_alone_tells_how_data_are_read(scores, loaded, tmp_path):
   run, dataset = mmjax.load(shutil.copytree(scores, tmp_path / "moved")), loaded[1]
   assert run.spec == dataset.spec and run.reading.drop == ("audio",)
