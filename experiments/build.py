@@ -1,7 +1,6 @@
 """From a config to everything that a run needs; nothing here writes a file."""
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,15 +15,18 @@ from mmjax import (
   evaluate,
   masking,
   metrics,
+  models,
   optim,
   registry,
+  runs,
   sources,
   stream,
+  systems,
   train,
   types,
 )
 
-from . import settings, workdir
+from . import settings
 
 Config = settings.Config
 Path = str | os.PathLike
@@ -57,30 +59,14 @@ def load_data(config: Config, data_dir: Path) -> data.Dataset:
 
 
 def _call(section: str, name: str, factory: Callable[..., Any], /, *args, **given) -> Any:
-  """A factory's result; settings that it refuses are the user's to mend."""
-  taken = settings.takes(section, factory)
-  if taken is not None:
-    for setting in given:
-      if setting not in taken:
-        raise types.UsageError(
-          f"{section} {name!r} takes no {setting!r}{registry.nearest(setting, taken)}; it takes"
-          f" {', '.join(taken)}."
-        )
-    lacking = [n for n, v in taken.items() if v is inspect.Parameter.empty and n not in given]
-    if lacking:
-      raise types.UsageError(f"{section} {name!r} needs config.{section}.{lacking[0]}.")
-  try:
-    return factory(*args, **given)
-  except types.UsageError:
-    raise
-  except ValueError as error:
-    raise types.UsageError(f"{section} {name!r}: {error}") from error
+  """`registry.call` of a section of the config."""
+  return registry.call(section, name, factory, settings.takes(section, factory), *args, **given)
 
 
 def make_system(config: Config) -> types.System:
-  """The model that `config.model` names."""
-  given = settings.plain(config.model)
-  return _call("model", given.pop("name"), settings.factory(config, "model"), **given)
+  """The model that `config.model` names, in the precision of `config.train`."""
+  made = models.make(**settings.plain(config.model))
+  return systems.in_precision(made, config.train.get("precision", systems.PRECISIONS[0]))
 
 
 def make_mask(config: Config) -> types.MaskFn:
@@ -269,15 +255,21 @@ def outputs(run: Run) -> list[str]:
 
 def describe(config: Config, data_dir: Path) -> dict[str, Any]:
   """What a run is asked for, as its folder records it."""
-  sha256 = data.read_card(str(data_dir), config.data.name)["sha256"]
+  sha256 = data.sha256(str(data_dir), config.data.name)
   return {"config": settings.plain(config), "data": sha256}
+
+
+def reading(run: Run) -> runs.Reading:
+  """What the folder of a run keeps, to predict without the data."""
+  model, drop = settings.plain(run.config.model), run.config.mask.get("drop", ())
+  return runs.reading_of(run.dataset, model, drop, run.recipe.select)
 
 
 def read_best(run: Run, path: Path) -> dict[str, train.Best]:
   """The epochs that a run in its folder has selected so far, by the entry of `Recipe.select`."""
   params, extra = jax.eval_shape(lambda: run.recipe.system.init(run.key, run.dataset.spec))
   best = train.Best(np.float32(0), np.int32(0), params, extra)
-  return workdir.read_best(path, dict.fromkeys(run.recipe.select, best))
+  return runs.read_best(path, dict.fromkeys(run.recipe.select, best))
 
 
 def load_run(path: Path, data_dir: Path | None = None) -> tuple[Run, dict[str, train.Best]]:
@@ -290,7 +282,7 @@ def load_run(path: Path, data_dir: Path | None = None) -> tuple[Run, dict[str, t
   Returns:
     The run and `read_best` of it.
   """
-  found = workdir.read_config(path)
+  found = runs.read_config(path)
   config = settings.from_json(found["run"]["config"])
   run = make_run(config, load_data(config, data_dir or found["data_dir"]))
   return run, read_best(run, path)

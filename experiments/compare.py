@@ -23,7 +23,7 @@ from absl import flags
 from mmjax import data, evaluate, masking, meta, types
 
 from . import build, cli, engines, processes, settings, study
-from .report import constant, methods, page, rates
+from .report import charts, constant, methods, page, rates
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -86,7 +86,7 @@ def words(config: settings.Config, seeds: Sequence[int], mask_seeds: Sequence[in
   sha256 = data.read_card(_DATA_DIR.value, config.data.name)["sha256"]
   return {
     "protocol": "The M³S paper's comparison: training methods under the same missing data",
-    "command": shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]),
+    "command": cli.told(shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])),
     "training": f"seeds {', '.join(map(str, seeds))}, {config.mask.name} masks",
     "missing in testing": f"{told}. The rate is {masking.quantity(test['name'])}.",
     "selection": page.selection_in_words(build.is_oracle(config), f"{valid.kind} {valid.name}"),
@@ -97,6 +97,7 @@ def words(config: settings.Config, seeds: Sequence[int], mask_seeds: Sequence[in
 
 @cli.binary(_FLAGS, __doc__, required=["config", "out", "methods"])
 def main():
+  charts.check()
   processes.cores_as_devices()
   engine = engines.make(_FLAGS)
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
@@ -116,7 +117,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_FLAGS["schedule"].value, engine)
+  runs.train(str(_FLAGS["schedule"].value), engine)
   rows, predictions = [], {}
   names = rates.line_names(pd.DataFrame([variant.columns for variant in variants]))
   named = dict(zip([variant.folder for variant in variants], names, strict=True))

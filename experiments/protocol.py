@@ -18,7 +18,7 @@ from mmjax import data, evaluate, masking, registry, types
 
 from . import build, cli, engines, processes, protocols, settings, study
 from .configs import common
-from .report import constant, page, predictions
+from .report import charts, constant, page, predictions
 
 SELECTIONS = ("validation", "test_oracle")
 
@@ -87,6 +87,7 @@ class Asked:
   """
 
   def __init__(self, flag_values: flags.FlagValues, models: Sequence[str]):
+    charts.check()
     self._value: dict[str, Any] = {name: flag_values[name].value for name in flag_values}
     self.protocol: protocols.Protocol = protocols.PROTOCOLS[
       cli.some_of("protocol", [self._value["protocol"]], list(protocols.PROTOCOLS))[0]
@@ -231,14 +232,14 @@ class Asked:
       )
 
   def _words(self, binary: str, config: settings.Config, told: dict[str, str]) -> dict[str, str]:
-    sha256 = data.read_card(self.data_dir, self.dataset)["sha256"]
+    sha256 = data.sha256(self.data_dir, self.dataset)
     mask = settings.plain(config.mask)
     rate = f", missing rate {cli.rate_text(mask['rate'])}" if "rate" in mask else ""
     valid = build.valid_condition(config)
     seeds = ", ".join(str(seed) for seed in self.seeds)
     mask = {k: v for k, v in mask.items() if k != "drop"}
     return {
-      "command": shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]]),
+      "command": cli.told(shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]])),
       "protocol": self.protocol.title,
       "training": f"{build.title(config)}{rate}, {config.mask.name} masks, seeds {seeds}",
       "missing in training": f"{masking.describe(**mask)}",

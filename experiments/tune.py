@@ -31,7 +31,7 @@ _MISSING_RATE = flags.DEFINE_string("missing_rate", None, cli.RATE_HELP, flag_va
 _SPACE = flags.DEFINE_string(
   "space",
   "",
-  "Python file with SPACE = {config entry: distribution of Optuna's}.",
+  "Python file with SPACE = {config entry: distribution of Optuna's}, or m3s.",
   flag_values=_FLAGS,
 )
 _TRIALS = flags.DEFINE_integer(
@@ -111,7 +111,7 @@ def main():
     raise types.UsageError(f"no trial came to its end; see {out / 'trials.csv'}.")
   told = ", ".join(f"{name}={value}" for name, value in best.params.items())
   print(f"Best of {_TRIALS.value} trials: {asked.metric} = {best.value:.4f} with {told}. Next:")
-  print(f"  python -m experiments.train --config={out / 'best.py'} --workdir=…")
+  print(cli.told(f"  python -m experiments.train --config={out / 'best.py'} --workdir=…"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ GELU, no pooler. [PAD]'s embedding gets no gradient, as PyTorch's `padding_idx` 
 """
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -93,12 +92,10 @@ class _Block(nn.Module):
 
     def heads(name):
       y = nn.Dense(width, kernel_init=init, name=name)(x)
-      return y.reshape(*y.shape[:2], config.num_attention_heads, -1).swapaxes(1, 2)
+      return y.reshape(*y.shape[:2], config.num_attention_heads, -1)
 
     q, k, v = heads("query"), heads("key"), heads("value")
-    logits = jnp.einsum("bnlc,bnmc->bnlm", q, k) / math.sqrt(q.shape[-1]) + bias
-    weights = layers.Dropout(config.attention_probs_dropout_prob)(jax.nn.softmax(logits, -1))
-    y = jnp.einsum("bnlm,bnmc->bnlc", weights, v).swapaxes(1, 2).reshape(x.shape)
+    y = layers.attend(q, k, v, bias, layers.Dropout(config.attention_probs_dropout_prob))
     y = nn.Dense(width, kernel_init=init, name="attention_output")(y)
     x = norm("attention_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
     y = nn.Dense(config.intermediate_size, kernel_init=init, name="intermediate")(x)
@@ -106,9 +103,9 @@ class _Block(nn.Module):
     return norm("output_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
 
 
-def _mask_bias(mask: Array, dtype) -> Array:
+def _mask_bias(mask: Array) -> Array:
   """[B, L] -> [B, 1, 1, L], what is added to the attention's logits."""
-  return jnp.where(mask.astype(bool), 0.0, jnp.finfo(dtype).min)[:, None, None, :]
+  return layers.attention_bias(mask.astype(bool))[:, None, None, :]
 
 
 class Blocks(nn.Module):
@@ -122,7 +119,7 @@ class Blocks(nn.Module):
     heads = max(n for n in range(1, 13) if width % n == 0)
     config = BertConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
     for n in range(self.depth):
-      x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask, x.dtype))
+      x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask))
     return x
 
 
@@ -178,7 +175,7 @@ class Bert(nn.Module):
     for n in range(config.num_hidden_layers):
       if n == 1 and self.inject is not None:
         x = self.inject(x)
-      x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask, x.dtype))
+      x = _Block(config, name=f"layer_{n}")(x, _mask_bias(mask))
     return x
 
 

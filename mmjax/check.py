@@ -5,7 +5,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,6 +35,8 @@ STRINGS = ("id", "raw_text", "annotations")
 FEATURES = ("text", "audio", "vision")
 REGRESSION, CLASSES = LABELS = ("regression_labels", "classification_labels")
 BINARY = "binary_labels"  # [N, K] answers, 0 or 1, to K binary problems
+# of each a key is needed
+_GROUPS = (("audio",), ("vision",), ("text", "text_bert"), (*LABELS, BINARY))
 # What known datasets bring: the smallest and largest label, the number of classes.
 LABEL_RANGES = {
   "mosi": (-3.0, 3.0),
@@ -109,6 +111,8 @@ def check(
   if not isinstance(found, Mapping):
     fail(path, found=f"a {type(found).__name__}", expected="a dictionary of splits")
   arrays, notes, left_out = {}, [], set()
+  if others := sorted(map(repr, found.keys() - set(SPLITS))):
+    notes.append(f"left out, not the splits train, valid and test: {', '.join(others)}")
   for split in SPLITS:
     if split not in found:
       fail(path, split, found=f"the splits {sorted(map(str, found))}", expected="this split too")
@@ -120,7 +124,7 @@ def check(
       found[split] = None  # each array is let go when its clean one is there
     _name_labels(fields, path, split, dataset, notes)
     left_out |= {str(key) for key in fields if key not in RANKS}
-    arrays[split] = _check_split(fields, path, split, notes)
+    arrays[split] = _clean(fields, _GROUPS, path, split, notes)
     _check_values(arrays[split], path, split, dataset, label_range)
   _check_across(arrays, path)
   _add_classes(arrays, notes)
@@ -136,8 +140,43 @@ def check(
   return Checked(arrays, replaced, moved, list(dict.fromkeys(notes)), sorted(left_out))
 
 
+def check_inputs(
+  fields: Mapping[str, Any], path: str, split: str, lacking: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Checks the arrays of one split that is only to be predicted: labels are not read.
+
+  Args:
+    fields: {key: array or list}; they are not changed.
+    path: the file, for messages.
+    split: names the split in messages, and samples without ids.
+    lacking: modalities that need not be there.
+
+  Returns:
+    Clean arrays as `check` gives them, and notes.
+
+  Raises:
+    DataError: at the first fault.
+  """
+  notes: list[str] = []
+  known = {key: v for key, v in fields.items() if v is not None and key in RANKS}
+  known = {k: v for k, v in known.items() if k not in LABELS and not k.startswith(REGRESSION)}
+  needed = [group for group in _GROUPS[:3] if group[0] not in lacking]
+  clean = _clean(known, needed, path, split, notes)
+  _check_lengths(clean, path, split)
+  _replace(clean, split, False, notes)
+  _, more = padding.straighten(clean, split, False)
+  return clean, notes + more
+
+
+class Files(str):
+  """Names of several files, for messages; `came[split, key]` is the one that an array came from."""
+
+  came: Mapping[tuple[str, str], str]
+
+
 def fail(path, split=None, key=None, *, found, expected) -> NoReturn:
   """Raises the error of one fault."""
+  path = path.came.get((str(split), str(key)), path) if isinstance(path, Files) else path
   where = "".join(f", {kind} {name!r}" for kind, name in (("split", split), ("key", key)) if name)
   raise DataError(f"{path}{where}: found {found}, expected {expected}.")
 
@@ -154,8 +193,9 @@ def _name_labels(fields, path, split, dataset, notes) -> None:
     notes.append(f"'labels' were read as {key!r}")
 
 
-def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
-  for group in (("audio",), ("vision",), ("text", "text_bert"), (*LABELS, BINARY)):
+def _clean(fields, needed, path, split, notes) -> dict[str, np.ndarray]:
+  """The known fields as arrays of equally many rows; of each needed group one must be there."""
+  for group in needed:
     if not any(key in fields for key in group):
       keys = f"the keys {sorted(map(str, fields))}"
       fail(path, split, " or ".join(group), found=keys, expected="this key too")
@@ -173,7 +213,7 @@ def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
     else:
       clean[key] = _shaped(_numbers(value, path, split, key), rank, path, split, key)
   if "id" not in clean:
-    named = [f"{split}_{row}" for row in range(len(clean["audio"]))]
+    named = [f"{split}_{row}" for row in range(len(next(iter(clean.values()))))]
     clean["id"] = _texts(named, path, split, "id")
     notes.append("there are no ids: samples are named by their split and row")
   rows = len(clean["id"])
@@ -288,15 +328,7 @@ def _check_values(clean, path, split, dataset, label_range) -> None:
   names, counts = np.unique(clean["id"].astype(str), return_counts=True)
   if (counts > 1).any():
     fail(path, split, "id", found=f"{str(names[counts > 1][0])!r} twice", expected="each id once")
-  if "text_bert" in clean:
-    _check_tokens(clean["text_bert"], path, split)
-  for m in ("audio", "vision"):
-    key, steps = f"{m}_lengths", clean[m].shape[1]
-    if key in clean:
-      lengths = clean[key]
-      right = (lengths >= 0) & (lengths <= steps) & (lengths == np.floor(lengths))
-      expected = f"whole numbers from 0 to {steps}, the steps of {m!r}"
-      _at_fault(path, split, key, clean, ~right, expected)
+  _check_lengths(clean, path, split)
   low, high = label_range or known(LABEL_RANGES, dataset) or (-np.inf, np.inf)
   classes = known(NUM_CLASSES, dataset)
   for key in clean:
@@ -312,6 +344,19 @@ def _check_values(clean, path, split, dataset, label_range) -> None:
     wrong = (values < 0) | (values != np.floor(values)) | (values >= (classes or np.inf))
     expected = f"whole classes from 0 to {classes - 1 if classes else 'C-1'}; renumber them"
     _at_fault(path, split, CLASSES, clean, wrong, expected)
+
+
+def _check_lengths(clean, path, split) -> None:
+  """Tokens, and the lengths of audio and vision."""
+  if "text_bert" in clean:
+    _check_tokens(clean["text_bert"], path, split)
+  for m in ("audio", "vision"):
+    key = f"{m}_lengths"
+    if key in clean and m in clean:
+      lengths, steps = clean[key], clean[m].shape[1]
+      right = (lengths >= 0) & (lengths <= steps) & (lengths == np.floor(lengths))
+      expected = f"whole numbers from 0 to {steps}, the steps of {m!r}"
+      _at_fault(path, split, key, clean, ~right, expected)
 
 
 def _check_tokens(tokens, path, split) -> None:

@@ -389,19 +389,29 @@ def make_robustness(
   grid = make_grid(system, split, conditions, seeds, batch_size=batch_size)
 
   def robustness(params, extra):
-    predictions = grid(params, extra)
-    return [
-      {
-        "kind": condition.kind,
-        "condition": condition.name,
-        "mask_seed": seed,
-        **metrics.compute(spec, predictions[c, s], split.label),
-      }
-      for c, condition in enumerate(conditions)
-      for s, seed in enumerate(seeds)
-    ]
+    return score(spec, grid(params, extra), split.label, conditions, seeds)
 
   return robustness
+
+
+def score(
+  spec: types.Spec,
+  predictions: np.ndarray,
+  label: Any,
+  conditions: Sequence[Condition],
+  seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+  """The rows of `make_robustness`, of a grid's predictions [C, S, N, ...] and the labels [N]."""
+  return [
+    {
+      "kind": condition.kind,
+      "condition": condition.name,
+      "mask_seed": seed,
+      **metrics.compute(spec, predictions[c, s], label),
+    }
+    for c, condition in enumerate(conditions)
+    for s, seed in enumerate(seeds)
+  ]
 
 
 def robustness(

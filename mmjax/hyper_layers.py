@@ -21,10 +21,7 @@ def attend(query: Array, key: Array, value: Array, heads: int) -> Array:
   def split(x):
     return x.reshape(*x.shape[:2], heads, -1)
 
-  q, k, v = split(query), split(key), split(value)
-  logits = jnp.einsum("bnhc,bmhc->bhnm", q, k) * q.shape[-1] ** -0.5
-  y = jnp.einsum("bhnm,bmhc->bnhc", jax.nn.softmax(logits, -1), v)
-  return y.reshape(query.shape)
+  return layers.attend(split(query), split(key), split(value))
 
 
 class Attention(nn.Module):

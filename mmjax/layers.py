@@ -4,7 +4,6 @@ Sequences are [B, L, D] with `valid` [B, L], True on the real steps, which come 
 Every module is a linen module; dropout is on where a "dropout" key is given to `apply`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,14 +81,38 @@ def joint(scores: Array) -> Array:
   return jnp.einsum("...ka,kac->...c", pairs, jnp.asarray(chosen, pairs.dtype))
 
 
-# nn.LayerNorm over the last axis, biased variance.
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+def wide(x: Array) -> Array:
+  """Halves in float32, in which their sums and statistics are taken; all else as it is."""
+  return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+
+
+class LayerNorm(nn.Module):
+  """nn.LayerNorm over the last axis, biased variance. linen's own mixes dtypes for halves."""
+
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    row = (*(1,) * (x.ndim - 1), -1)
+    given, x, scale, bias = x.dtype, wide(x), wide(scale).reshape(row), wide(bias).reshape(row)
+    mean = x.mean(-1)
+    variance = jax.lax.square(x - jnp.expand_dims(mean, -1)).mean(-1)
+    y = x - jnp.expand_dims(mean, -1)
+    factor = jax.lax.rsqrt(jnp.expand_dims(variance, -1) + self.epsilon)
+    return (y * (factor * scale) + bias).astype(given)
 
 
 class Dropout(nn.Module):
   """Drops entries where `apply` got a "dropout" key, and is the identity elsewhere."""
 
   rate: float
+
+  @property
+  def acts(self) -> bool:
+    """Whether it drops anything here."""
+    return self.rate > 0 and self.has_rng("dropout")
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -134,7 +157,8 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     chex.assert_rank(x, 2)
-    rows, width = x.shape
+    (rows, width), given = x.shape, x.dtype
+    x = wide(x)
     mean = self.variable("batch_stats", "mean", jnp.zeros, width)
     var = self.variable("batch_stats", "var", jnp.ones, width)
     now, spread = mean.value, var.value
@@ -145,8 +169,8 @@ class BatchNorm(nn.Module):
         var.value += self.momentum * (spread * rows / max(rows - 1, 1) - var.value)
     scale = self.param("scale", nn.initializers.ones, (width,))
     bias = self.param("bias", nn.initializers.zeros, (width,))
-    now, spread, scale, bias = (a[None] for a in (now, spread, scale, bias))
-    return (x - now) / jnp.sqrt(spread + self.epsilon) * scale + bias
+    now, spread, scale, bias = (a[None] for a in (now, spread, wide(scale), wide(bias)))
+    return ((x - now) / jnp.sqrt(spread + self.epsilon) * scale + bias).astype(given)
 
 
 class LSTM(nn.Module):
@@ -260,6 +284,49 @@ class BiGRU(nn.Module):
     return x
 
 
+def attend(
+  query: Array,
+  key: Array,
+  value: Array,
+  bias: Array | None = None,
+  drop: Dropout | None = None,
+  scale: float | None = None,
+) -> Array:
+  """drop(softmax(scale · q kᵀ + bias)) v of each head, the softmax in float32 at least.
+
+  By `jax.nn.dot_product_attention` where it computes the same: in float32, nothing being dropped.
+  It drops no weights; the gradients of its halves are products of float32 by bfloat16; and of
+  float64 it takes the softmax in float32.
+
+  Args:
+    query: [B, L, N, c], N heads.
+    key, value: [B, M, N, c].
+    bias: broadcasts against [B, N, L, M].
+    drop: dropout of the weights.
+    scale: 1 / √c by default.
+
+  Returns:
+    [B, L, N · c].
+  """
+  if query.dtype == jnp.float32 and not (drop and drop.acts):
+    y = jax.nn.dot_product_attention(query, key, value, bias, scale=scale)
+  else:
+    q, k, v = (a.swapaxes(1, 2) for a in (query, key, value))
+    logits = wide(jnp.einsum("bnlc,bnmc->bnlm", q, k))
+    logits = logits / math.sqrt(q.shape[-1]) if scale is None else scale * logits
+    weights = jax.nn.softmax(logits if bias is None else logits + bias, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bnlm,bnmc->bnlc", drop(weights) if drop else weights, v).swapaxes(1, 2)
+  return y.reshape(*y.shape[:2], -1)
+
+
+def attention_bias(allowed: Array) -> Array:
+  """What is added to the logits of `attend`: 0 where a query may attend, else almost -∞.
+
+  Not -inf: a row that may attend to nothing, as a row of padding, must not become NaN.
+  """
+  return jnp.where(allowed, 0.0, jnp.finfo(jnp.float32).min)
+
+
 class MultiHeadAttention(nn.Module):
   """nn.MultiheadAttention with its fused input projection (kernel [D, 3D]: q, k, v).
 
@@ -304,20 +371,16 @@ class MultiHeadAttention(nn.Module):
 
     def heads(x, n):
       x = x @ kernels[n] + _last(biases[n], 3)
-      return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+      return x.reshape(*x.shape[:2], self.heads, -1)
 
     allowed = jnp.ones((1, 1, 1, 1), bool)
     if valid is not None:
       allowed = allowed & valid[:, None, None, :]
     if mask is not None:
       allowed = allowed & mask[None, None]
-    # not -inf: a row that may attend to nothing, as a row of padding, must not become NaN
-    logit_bias = jnp.where(allowed, 0.0, jnp.finfo(query.dtype).min)
+    bias = attention_bias(allowed)
     q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
-    logits = jnp.einsum("bnlc,bnmc->bnlm", q, k) / math.sqrt(q.shape[-1]) + logit_bias
-    weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
-    y = jnp.einsum("bnlm,bnmc->bnlc", weights, v)
-    y = y.swapaxes(1, 2).reshape(*query.shape)
+    y = attend(q, k, v, bias, Dropout(self.dropout))
     out_init = self.out_init or uniform(1 / math.sqrt(width))
     out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
@@ -382,8 +445,9 @@ def prediction(scores: Array) -> Array:
 
 def mean_over_steps(x: Array, valid: Array) -> Array:
   """[B, L, D] -> [B, D]: the sum of the valid steps over their number (0 if there is none)."""
-  weight = valid.astype(x.dtype)
-  return jnp.einsum("bl,bld->bd", weight, x) / jnp.maximum(weight.sum(1, keepdims=True), 1)
+  weight = wide(valid.astype(x.dtype))  # a half does not count beyond 256
+  total = wide(jnp.einsum("bl,bld->bd", weight.astype(x.dtype), x))
+  return (total / jnp.maximum(weight.sum(1, keepdims=True), 1)).astype(x.dtype)
 
 
 POOLINGS = ("first", "mean")

@@ -29,6 +29,7 @@ So a whole model of your own is
 and `make(size=8, scale=2.0)` the system; in a config it is "my_package.my_module:make".
 """
 
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -41,8 +42,11 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import registry, types
+from mmjax import layers, registry, types
 
+# What networks compute in, see `in_precision`.
+PRECISIONS = ("float32", "bfloat16")
+_DTYPE: contextvars.ContextVar[Any] = contextvars.ContextVar("mmjax_network_dtype", default=None)
 # Attributes of a network that are no settings: the first is the data's, the others are linen's.
 _NOT_SETTINGS = ("num_outputs", "parent", "name")
 
@@ -103,7 +107,8 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
 
   Returns:
     The functions. Where the network has a BERT, `init` refuses text that it cannot read, and puts
-    the weights of its folder in.
+    the weights of its folder in. Within `in_precision`, `apply` casts parameters and features, and
+    what it returns to float32.
   """
   takes_train = "train" in inspect.signature(type(network).__call__).parameters
 
@@ -126,14 +131,60 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
 
   def apply(params, batch, extra, key=None, train=False, **inputs):
     module = network.clone(num_outputs=_num_outputs(params, head))
+    if dtype := _DTYPE.get():
+      params = _cast(params, dtype)
+      batch = batch._replace(**{m: _cast(getattr(batch, m), dtype) for m in types.MODALITIES})
     variables = {"params": params} | {name: extra[name] for name in collections}
     rngs = None if key is None else {"dropout": key}
     mutable = list(collections) if train else []
     inputs |= told(train)
     out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **inputs)
+    if dtype:
+      out = jax.tree.map(layers.wide, out)
     return out, {**extra, **changed}
 
   return Model(init, apply)
+
+
+def in_precision(system: types.System, precision: str) -> types.System:
+  """The same system, whose networks compute in a precision of `PRECISIONS`.
+
+  Matrix products and activations are of that precision; statistics inside of layers, what a loss
+  computes of the network's outputs, parameters, gradients and optimizer stay in float32. A step
+  that moves parameters by less than bfloat16's 2⁻⁹ of themselves, as the inner steps of M³S with a
+  small rate do, is kept by the parameters, though the network hardly sees it.
+
+  Args:
+    system: of networks by `functional` or `supervised`, which it acts on.
+    precision: of `PRECISIONS`.
+
+  Returns:
+    The system.
+
+  Raises:
+    UsageError: on an unknown precision.
+  """
+  if precision not in PRECISIONS:
+    hint = registry.nearest(precision, PRECISIONS)
+    raise types.UsageError(
+      f"precision is {precision!r}{hint}; expected one of {', '.join(PRECISIONS)}."
+    )
+  if precision == "float32":
+    return system
+
+  def at(function):
+    @functools.wraps(function)
+    def run(*args):
+      token = _DTYPE.set(jnp.dtype(precision))
+      try:
+        return function(*args)
+      finally:
+        _DTYPE.reset(token)
+
+    return run
+
+  phases = tuple(phase._replace(loss=at(phase.loss)) for phase in system.phases)
+  return system._replace(predict=at(system.predict), phases=phases)
 
 
 def supervised(
@@ -239,6 +290,13 @@ def _num_outputs(params: types.Params, head: str) -> int | tuple[int, ...]:
   layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
   shape = layer["bias"].shape
   return shape if len(shape) == 2 and shape[0] > 1 else shape[-1]  # some biases are [1, C]
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+  """The floats of a tree in another dtype."""
+  return jax.tree.map(
+    lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+  )
 
 
 def _with_weights(params: types.Params, encoder: bert_lib.Setup | None) -> types.Params:

@@ -1,11 +1,14 @@
 """What a compiled program launches, counted; recurrences compiled for a GPU and a TPU."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import accelerators
-from mmjax import recurrence
+import models_test
+from experiments.benchmarks import accelerators, cases
+from mmjax import models, recurrence
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -36,16 +39,18 @@ ENTRY %main (a: f32[4], b: s32[]) -> f32[4] {
   %loop = (s32[], f32[4]) while(), condition=%condition, body=%body, {"known_trip_count":{"n":"5"}}
   %y = f32[4]{0} get-tuple-element(%loop), index=1
   %z = f32[4]{0} conditional(%b, %y, %y), branch_computations={%cheap, %dear}
-  ROOT %called = f32[4]{0} call(%z), to_apply=%cheap
+  %all = f32[4]{0} all-reduce-start(%z), to_apply=%add
+  %done = f32[4]{0} all-reduce-done(%all)
+  ROOT %called = f32[4]{0} call(%done), to_apply=%cheap
 }
 """
 
 
 def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_dearest():
   found = accelerators.count_launches(PROGRAM)
-  assert found == (5 * (2 + 1) + 2 + 1, 5, 1, 0)
+  assert found == (5 * (2 + 1) + 2 + 1 + 1, 5, 1, 0, 1)
   unknown = accelerators.count_launches(PROGRAM.replace("known_trip_count", "init_step"))
-  assert unknown == (1 * (2 + 1) + 2 + 1, 1, 1, 1)
+  assert unknown == (1 * (2 + 1) + 2 + 1 + 1, 1, 1, 1, 1)
   two_ways = "true_computation=%dear, false_computation=%cheap"
   as_pair = PROGRAM.replace("branch_computations={%cheap, %dear}", two_ways)
   assert accelerators.count_launches(as_pair) == found
@@ -79,13 +84,28 @@ def shapes(steps, seeds=()):
   )
 
 
-@pytest.mark.parametrize("target", accelerators.TARGETS)
-def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
+@pytest.fixture(params=accelerators.TARGETS)
+def target(request):
   try:
-    accelerators.find_compiler(target)
+    accelerators.find_compiler(request.param)
   except accelerators.MissingCompiler as error:
-    pytest.skip(str(error))
+    tell = pytest.fail if os.environ.get("MMJAX_COMPILERS") == "required" else pytest.skip
+    tell(str(error))
+  return request.param
 
+
+@pytest.mark.parametrize("name", ["lmf", "self_mm"])
+def test_a_systems_training_step_compiles_without_loops(target, name):
+  system = models.MODELS[name](**models_test.SETTINGS[name])
+  setting = cases.Setting(((6, 5), (9, 3), (8, 4)), 4)
+  step = accelerators.training_step(system, setting, "first", 1)
+  compiled, _ = accelerators.compile_for(target, step[0], *step[1])
+  found = accelerators.count_launches(compiled.as_text())
+  assert found.loop_iterations == found.conditionals == found.unknown == 0
+  assert 50 < found.kernels < 400
+
+
+def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
   def compiled(function, *args):
     text = accelerators.compile_for(target, function, *args)[0].as_text()
     kernels = sum("lstm_" in line and " custom-call(" in line for line in text.splitlines())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import jaxprs
 from mmjax import bert, types
 
 SETTINGS = {
@@ -93,6 +94,17 @@ def test_dropout_only_with_a_key(params):
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - plain).max() > 1e-3
   assert np.abs(first - second).max() > 1e-3
+
+
+def test_in_bfloat16_every_product_is_of_halves(params):
+  halves = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+  encode = lambda params: bert.Bert(CONFIG).apply({"params": params}, IDS, MASK)  # noqa: E731
+  traced = jax.make_jaxpr(jax.grad(lambda p: encode(p).sum()))(halves)
+  products = jaxprs.named(traced.jaxpr, "dot_general")
+  assert {v.aval.dtype for product in products for v in product.invars} == {jnp.dtype("bfloat16")}
+  assert len(products) == 3 * 8 * CONFIG.num_hidden_layers
+  states, exact = (np.asarray(apply({"params": p}, IDS, MASK), float) for p in (halves, params))
+  assert np.linalg.norm((states - exact)[MASK]) < 0.05 * np.linalg.norm(exact[MASK])
 
 
 def test_too_long_a_text():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxprs
 import toy
 from experiments import parity
 from experiments.parity.goldens import m3s as golden
@@ -404,19 +405,6 @@ def test_mixed_mode_is_exact_through_stopped_gradients_but_not_through_reversed_
     )
 
 
-def _scans(jaxpr, found):
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "scan":
-      found.append(equation.params["reverse"])
-    for value in jax.tree.leaves(
-      list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-    ):
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        _scans(inner, found)
-  return found
-
-
 @pytest.mark.parametrize("order", meta.ORDERS)
 def test_only_the_second_order_differentiates_the_inner_loop(order):
   params, extra = toy.init(jax.random.key(0), toy.SPEC)
@@ -424,7 +412,7 @@ def test_only_the_second_order_differentiates_the_inner_loop(order):
   jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(
     params, toy.make_batch(8), jax.random.key(0), extra
   )
-  backward = any(_scans(jaxpr.jaxpr, []))
+  backward = any(e.params["reverse"] for e in jaxprs.named(jaxpr.jaxpr, "scan"))
   assert backward == (order == "second")
 
 

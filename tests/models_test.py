@@ -8,14 +8,18 @@ import collections
 import functools
 import itertools
 import json
+from unittest import mock
 
+import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mmjax import masking, models, optim, recurrence, sources, torch_import, types
+import jaxprs
+from mmjax import masking, models, optim, recurrence, sources, systems, torch_import, types
 from mmjax.models import cubemlp, dmd
 
 BERT = dict(
@@ -167,7 +171,6 @@ class Case:
     self.name, self.spec = name, make_spec(tokens, num_classes)
     self.system = models.MODELS[name](**SETTINGS[name])
     self.batch = self.make_batch()
-    self.init = jax.jit(lambda key: self.system.init(key, self.spec))
     self.params, self.extra = self.init(make_key(0))
     self.traces = collections.Counter()
     self.predict = jax.jit(self.counted("predict", self.system.predict))
@@ -176,6 +179,19 @@ class Case:
       phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
       for phase in self.system.phases
     }
+
+  def init(self, key):
+    """`System.init`, draw by draw: equal draws of all systems then share a program."""
+    of_shapes = nn.Module.lazy_init
+
+    def init(module, key, *args, **kwargs):
+      args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+      with mock.patch.object(nn.Module, "init", whole):
+        return of_shapes(module, key, *args, **kwargs)
+
+    whole = nn.Module.init
+    with mock.patch.object(nn.Module, "init", init), mock.patch.object(jax, "jit", lambda f: f):
+      return self.system.init(key, self.spec)
 
   def make_batch(self, seed=0):
     """`make_batch`; for a system of conversations, a conversation of two speakers."""
@@ -201,7 +217,7 @@ def step(params, grads, length):
   return jax.tree.map(lambda p, g: p - np.float32(length / norm) * g, params, grads)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # programs take memory
 def make_case(name: str, kind: str) -> Case:
   return Case(name, *{"regression": (False, 0), "classification": (True, 3)}[kind])
 
@@ -356,6 +372,16 @@ def test_predictions_have_the_tasks_shape(case):
   assert out["feature"].shape[0] == ROWS and out["feature"].ndim == 2
 
 
+def test_predictions_are_traced_for_any_number_of_rows(case):
+  """So that `serving.export` can."""
+  if case.system.conversations:
+    pytest.skip("it is not exported: its rows depend on each other")
+  (rows,) = jax.export.symbolic_shape("b")
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), case.batch)
+  found = jax.eval_shape(case.system.predict, case.params, shapes, case.extra)
+  assert found["prediction"].shape[0] == rows
+
+
 @pytest.mark.parametrize(
   "name",
   [
@@ -406,6 +432,30 @@ def test_losses_and_gradients_are_finite(case):
     touched = jax.tree.map(lambda t, g: t | np.any(g), touched, jax.device_get(grads))
     extra = aux.extra
   assert np.mean(jax.tree.leaves(touched)) > 0.7
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in SETTINGS],
+)
+def test_in_bfloat16_products_are_halves_and_the_loss_is_the_same(name):
+  case = make_case(name, "regression")
+  half = systems.in_precision(case.system, "bfloat16")
+
+  def network(params):
+    return half.predict(params, case.batch, case.extra)["prediction"].sum()
+
+  traced = jax.make_jaxpr(jax.grad(network))(case.params)
+  products = jaxprs.named(traced.jaxpr, "dot_general")
+  assert {v.aval.dtype for product in products for v in product.invars} == {jnp.dtype("bfloat16")}
+  assert len(products) > 10
+  args, phase = (case.params, case.batch, make_key(0), case.extra), half.phases[-1]
+  (expected, their_aux), grads = case.gradients[phase.name](*args)
+  value, aux = jax.jit(phase.loss)(*args)
+  np.testing.assert_allclose(value, expected, rtol=0.01)
+  gradient = jax.eval_shape(jax.grad(phase.loss, has_aux=True), *args)
+  kinds = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
+  assert kinds((aux, gradient)) == kinds((their_aux, (grads, their_aux)))
 
 
 def test_extra_keeps_its_structure(case):

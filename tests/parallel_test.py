@@ -94,5 +94,28 @@ def test_two_processes_read_a_part_of_the_files_each(tmp_path, convert):
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda: list(range(3)))
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   with pytest.raises(ValueError, match="batch_size is 8.*divisible by the 3 devices"):
     parallel.make_mesh(8)
+
+
+@pytest.mark.parametrize(
+  "rows, devices, expected",
+  [
+    (32, 2, 1),
+    (127, 2, 1),
+    (128, 2, 2),
+    (128, 8, 2),
+    (192, 8, 3),
+    (129, 2, 1),
+    (640, 8, 8),
+    (1, 1, 1),
+  ],
+)
+def test_cores_share_a_batch_where_each_gets_enough_of_it(rows, devices, expected, monkeypatch):
+  assert parallel.worthwhile(rows, devices) == expected
+  monkeypatch.setattr(jax, "devices", lambda: list(range(devices)))
+  mesh = parallel.make_mesh(rows)
+  assert (mesh.size if mesh else 1) == expected
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert parallel.worthwhile(rows, devices) == devices

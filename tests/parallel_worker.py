@@ -44,6 +44,7 @@ def main(out, hosts="", data_dir=""):
   if hosts:
     address, count, number = hosts.split(",")
     jax.distributed.initialize(address, int(count), int(number))
+  parallel.LEAST_ROWS = 1  # or one core would do
   mesh = parallel.make_mesh(8)
   out = pathlib.Path(out)
   seen = []
@@ -126,11 +127,11 @@ def moves_rows(mesh) -> bool:
     train.make_step(plan, phase), state, toy.make_batch(16), jax.random.key(5)
   )
   sums = parallel.replicate(jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metrics), mesh)
-  own = jax.tree.map(lambda a: a[:: jax.process_count()], rows)
-  drawn = tuple(parallel.assemble(own, mesh) for _ in range(2))
+  own = jax.tree.map(lambda a: np.stack([a[:: jax.process_count()]] * 3), rows)
+  block = tuple(parallel.assemble(own, mesh, axis=1) for _ in range(2))
   program = stream.make_program(train.make_advance(plan, phase), mesh)
   text = (
-    program.lower(state, sums, drawn, parallel.replicate(jax.random.key(5), mesh))
+    program.lower(state, sums, block, parallel.replicate(jax.random.key(5), mesh), 0, 3)
     .compile()
     .as_text()
   )

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import parallel, recurrence
+import jaxprs
+import models_test
+from mmjax import masking, meta, models, parallel, recurrence
 from mmjax.recurrence import kernel
 
 B, D, H = 4, 3, 5
@@ -284,6 +286,34 @@ def test_a_program_for_every_platform_is_the_loop_on_a_cpu():
     program = jax.jit(lambda *args: all_of(*args)).lower(np.float32(x), weights)
   assert "pallas" not in program.as_text()
   jax.tree.map(np.testing.assert_array_equal, program.compile()(np.float32(x), weights), found)
+
+
+def test_seeds_add_no_kernels_to_a_training_step():
+  """Vmapped, it is as many kernels and products: each kernel's grid has one more axis."""
+  system = models.MODELS["self_mm"](**models_test.SETTINGS["self_mm"])
+  spec = models_test.make_spec(False, 0)
+  batch = jax.tree.map(lambda a: a[:4], models_test.make_batch(spec))
+  loss = meta.m3s(system.loss, masking.span(0.3), order="first")
+
+  def step(key, start, batch):
+    params, extra = start
+    return jax.grad(loss, has_aux=True)(params, batch, key, extra)
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  starts = jax.eval_shape(jax.vmap(lambda key: system.init(key, spec)), keys)
+  with recurrence.portable():
+    start = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), starts)
+    one = jax.make_jaxpr(step)(keys[0], start, batch)
+    three = jax.make_jaxpr(jax.vmap(step, (0, 0, None)))(keys, starts, batch)
+  kernels = jaxprs.named(one.jaxpr, "pallas_call")
+  assert len(kernels) == 16  # two passes, forth and back, of two LSTMs, for two kinds of devices
+  for name in ("pallas_call", "dot_general", "while", "cond"):
+    assert len(jaxprs.named(three.jaxpr, name)) == len(jaxprs.named(one.jaxpr, name))
+  grids = [
+    [equation.params["grid_mapping"].grid for equation in jaxprs.named(traced.jaxpr, "pallas_call")]
+    for traced in (one, three)
+  ]
+  assert grids[1] == [(3, *grid) for grid in grids[0]]
 
 
 @pytest.mark.parametrize("case", ["forward", "backward", "both"])

@@ -11,7 +11,7 @@ from absl import flags
 from command import ROOT, call, final, refused
 from data_prep import convert
 from experiments import protocol, protocols, robustness, workdir
-from mmjax import data, stream, synthetic, types
+from mmjax import data, runs, stream, synthetic, types
 
 # A registered system in tiny, as a config.
 EMOTIONAL = """
@@ -72,7 +72,7 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
     path = out / f"{method}-0.4,0.6" / f"seed-{seed}"
     log = workdir.history(path)
     assert [line["epoch"] for line in log] == [0, 1] and log[-1]["test"]["mae"] > 0
-    asked = workdir.read_config(path)["run"]["config"]
+    asked = runs.read_config(path)["run"]["config"]
     assert (asked["method"]["name"], asked["seed"]) == (method, seed)
     assert not (path.parent / "together").exists()
   for name in ("epochs_valid.png", "epochs_test.png", "robustness.png"):
@@ -219,5 +219,5 @@ def test_ablate_trains_variants_and_tabulates_their_differences(folder):
   # without language, audio and vision nothing is seen: no mask makes a difference
   silent = rows[(rows["model"] == "quickstart blind") & (rows["kind"] == "missing")]
   assert silent[silent["condition"] == "av"]["mae"].nunique() == 1
-  asked = workdir.read_config(pathlib.Path(out) / "runs" / "quickstart blind" / "seed-1")
+  asked = runs.read_config(pathlib.Path(out) / "runs" / "quickstart blind" / "seed-1")
   assert asked["run"]["config"]["mask"]["drop"] == ["text"]

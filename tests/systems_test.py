@@ -11,7 +11,22 @@ import numpy as np
 import pytest
 
 import models_test
-from mmjax import layers, losses, masking, meta, models, optim, registry, systems, train, types
+from experiments import build, settings
+from mmjax import (
+  data,
+  evaluate,
+  layers,
+  losses,
+  masking,
+  meta,
+  models,
+  optim,
+  registry,
+  synthetic,
+  systems,
+  train,
+  types,
+)
 from mmjax.models import mmim, self_mm
 
 
@@ -91,6 +106,42 @@ def test_a_healthy_self_mm_runs_while_nans_are_looked_for():
   aux = system.loss(params, models_test.make_batch(spec), None, extra)[1]
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(aux.extra))
   assert aux.extra["met"].sum() == models_test.ROWS
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_to_the_same_error():
+  """Of three seeds each: their means differ by less than they scatter, and nothing is a half."""
+  arrays = synthetic.make_arrays(seed=0, num_train=96, num_valid=48, num_test=8)
+  dataset = data.from_arrays(arrays, name="synthetic")
+  system = models.MODELS["self_mm"](**models_test.SETTINGS["self_mm"])
+  keys, found = [jax.random.key(seed) for seed in range(3)], {}
+  for precision in systems.PRECISIONS:
+    plan = train.Recipe(
+      system=systems.in_precision(system, precision),
+      method=meta.METHODS["m3s"](masking.span(0.3), optimizer=dict(name="sgd", learning_rate=0.01)),
+      optimizers={"main": optim.make(learning_rate=0.01)},
+      batch_size=16,
+      epochs=10,
+    )
+    condition = evaluate.rate_condition(0.3)
+    validate = evaluate.make_validator(plan.system, dataset.valid, dataset.spec, condition)
+    starts = [train.start(plan, dataset.train, dataset.spec, key) for key in keys]
+    first, *_, last = train.fit(plan, dataset.train, [{"valid": validate}] * 3, starts, keys)
+    floats = [a for a in jax.tree.leaves(last[0].progress.state) if "float" in str(a.dtype)]
+    assert {a.dtype for a in floats} == {jnp.dtype("float32")}
+    errors = [[r.evaluated["valid"]["mae"] for r in reports] for reports in (first, last)]
+    assert np.mean(errors[1]) < 0.9 * np.mean(errors[0])
+    found[precision] = errors[1]
+  exact, halves = found.values()
+  assert exact != halves
+  assert abs(np.mean(exact) - np.mean(halves)) < np.std(exact)
+
+
+def test_an_unknown_precision_is_refused():
+  config = settings.load("misa:mosi")
+  settings.assign(config, "train.precision", "bfloat61")
+  with pytest.raises(types.UsageError, match="did you mean 'bfloat16'"):
+    build.make_system(config)
 
 
 def test_moments_add_up_to_those_of_the_union():

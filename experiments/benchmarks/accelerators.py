@@ -21,14 +21,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import tabulate
 import tqdm
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from mmjax import meta, models, recurrence, types
+from mmjax import meta, models, parallel, recurrence, systems, types
 
 from . import cases
 
@@ -37,6 +38,11 @@ _SYSTEMS = flags.DEFINE_list("systems", sorted(models.MODELS), "Which systems.")
 _SETTINGS = flags.DEFINE_list("settings", ["aligned"], "aligned, unaligned, bert (a BERT-base).")
 _ORDERS = flags.DEFINE_list("orders", list(meta.ORDERS), "first, second.")
 _STEPS = flags.DEFINE_list("k", ["1"], "Numbers of inner steps.")
+_PRECISION = flags.DEFINE_enum(
+  "precision", "float32", systems.PRECISIONS, "What networks compute in."
+)
+_REMAT = flags.DEFINE_list("remat", ["steps"], "What second order recomputes, see meta.m3s.")
+_DEVICES = flags.DEFINE_list("devices", ["1"], "How many devices share the rows, up to four.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
 ROWS = 32
@@ -78,7 +84,7 @@ class Target(NamedTuple):
 
   Attributes:
     packages: the modules of the compiler, and the distributions that they are in.
-    topology: arguments that describe the machine.
+    topology: arguments that describe the machine of COUNT devices.
     options: of the compiler, each a further try where the one before it fails.
   """
 
@@ -91,7 +97,7 @@ _UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to tune on
 TARGETS = {
   "h100": Target(
     {"jax_plugins.xla_cuda12": "jax-cuda12-plugin", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12"},
-    dict(platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100),
+    dict(platform="cuda", topology_name="h100", topology="1x1xCOUNT", target_config=H100),
     # untuned, it finds no tiles for a few products
     (_UNTUNED, {**_UNTUNED, "xla_gpu_enable_triton_gemm": False}),
   ),
@@ -107,20 +113,24 @@ class Launches(NamedTuple):
     loop_iterations: of all loops.
     conditionals: decisions of the program; the dearest branch counts.
     unknown: loops whose number of iterations the program does not know; they count once.
+    collectives: kernels that wait for the other devices.
   """
 
   kernels: int = 0
   loop_iterations: int = 0
   conditionals: int = 0
   unknown: int = 0
+  collectives: int = 0
 
 
 # Operations of an optimized program that are launched; the others move nothing or hold others.
 LAUNCHED = re.compile(
   r"fusion|custom-call|dot|convolution|copy|copy-start|sort|reduce|reduce-window|scatter|gather"
   r"|dynamic-slice|dynamic-update-slice|transpose|concatenate|pad|iota|broadcast|cholesky"
-  r"|triangular-solve|rng|rng-bit-generator|all-reduce|all-gather|all-to-all|collective-permute"
-  r"|reduce-scatter"
+  r"|triangular-solve|rng|rng-bit-generator"
+)
+_COLLECTIVE = re.compile(
+  r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?"
 )
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r" = .*? ([a-z][\w\-]*)\(")
@@ -174,6 +184,8 @@ def count_launches(text: str) -> Launches:
       return add(max(map(of, pair or named("branch_computations", line))), Launches(conditionals=1))
     if operation in ("call", "async-start"):
       return of(named("to_apply" if "to_apply=" in line else "calls", line)[0])
+    if _COLLECTIVE.fullmatch(operation):
+      return Launches(kernels=1, collectives=1)
     return Launches(kernels=int(LAUNCHED.fullmatch(operation) is not None))
 
   return of(entry)
@@ -215,24 +227,34 @@ def _folder(module: str) -> pathlib.Path | None:
 
 
 @functools.cache
-def device(target: str) -> Any:
-  """A device of the target that no one needs to have."""
+def devices(target: str, count: int = 1) -> list[Any]:
+  """Devices of the target, up to four, that no one needs to have."""
   find_compiler(target)
-  return topologies.get_topology_desc(**TARGETS[target].topology).devices[0]
+  topology = TARGETS[target].topology
+  asked = {name: text.replace("COUNT", str(count)) for name, text in topology.items()}
+  return topologies.get_topology_desc(**asked).devices[:count]
 
 
-def compile_for(target: str, function: Callable, *args: Any) -> tuple[Any, float]:
+def make_mesh(target: str, count: int) -> Mesh | None:
+  """Some devices of the target, to share rows; None for one."""
+  return None if count == 1 else Mesh(np.array(devices(target, count)), (parallel.AXIS,))
+
+
+def compile_for(
+  target: str, function: Callable, *args: Any, mesh: Mesh | None = None
+) -> tuple[Any, float]:
   """Compiles a function for a target.
 
   Args:
     target: of `TARGETS`.
     function: what `jax.jit` takes.
     *args: trees of arrays or their shapes.
+    mesh: devices that each hold arguments and results; a single one by default.
 
   Returns:
     The compiled program, which cannot run here, and the seconds that tracing and compiling took.
   """
-  place = SingleDeviceSharding(device(target))
+  place = parallel.replicated(mesh) if mesh else SingleDeviceSharding(devices(target)[0])
   began = time.perf_counter()
   with recurrence.portable():
     lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
@@ -246,40 +268,60 @@ def compile_for(target: str, function: Callable, *args: Any) -> tuple[Any, float
 
 
 def training_step(
-  system: str, setting: cases.Setting, order: str, k: int
+  system: types.System,
+  setting: cases.Setting,
+  order: str,
+  k: int,
+  *,
+  remat: str = "steps",
+  mesh: Mesh | None = None,
 ) -> tuple[Callable, tuple]:
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
-  Dropout is off and masks are drawn beforehand, as in the benchmark of times.
+  Dropout is off and masks are drawn beforehand, as in the benchmark of times. The devices of the
+  mesh share the rows.
   """
   batch = cases.make_batch(setting, 2 * setting.rows)
   text, *others = (types.ModalitySpec(*shape) for shape in setting.shapes)
   spec = types.Spec(text._replace(tokens=setting.tokens), *others, num_train=2 * setting.rows)
-  made = models.MODELS[system]()
-  phase = made.phases[-1]
-  params, extra = jax.eval_shape(lambda key: made.init(key, spec), jax.random.key(0))
+  phase = system.phases[-1]
+  params, extra = jax.eval_shape(lambda key: system.init(key, spec), jax.random.key(0))
 
   def loss(params, batch, key, extra):
     return phase.loss(params, batch, None, extra)
 
   iteration = meta.m3s(
-    loss,
+    parallel.share(loss, mesh),
     lambda key, batch: batch,
     inner_steps=k,
     inner_optimizer=optax.sgd(1e-3),
     order=order,
     mode="mixed" if phase.hessian == "symmetric" else "reverse",
+    remat=remat,
   )
   args = params, batch, jax.random.key(2), extra
   return jax.value_and_grad(iteration, has_aux=True), jax.eval_shape(lambda *a: a, *args)
 
 
-def measure(target: str, system: str, setting: str, order: str, k: int) -> dict[str, Any]:
+def measure(
+  target: str,
+  system: str,
+  setting: str,
+  order: str,
+  k: int,
+  remat: str = "steps",
+  count: int = 1,
+  precision: str = "float32",
+) -> dict[str, Any]:
   """One row. What does not compile says why in "error"."""
-  row = dict(target=target, system=system, setting=setting, order=order, k=k)
+  row = dict(target=target, system=system, setting=setting, order=order, k=k, precision=precision)
+  row |= dict(remat=remat, devices=count)
+  own = {"bert": cases.BERT} if SETTINGS[setting].tokens else {}
   try:
-    function, args = training_step(system, SETTINGS[setting], order, k)
-    compiled, seconds = compile_for(target, function, *args)
+    made, mesh = models.MODELS[system](**own), make_mesh(target, count)
+    made = systems.in_precision(made, precision)
+    function, args = training_step(made, SETTINGS[setting], order, k, remat=remat, mesh=mesh)
+    compiled, seconds = compile_for(target, function, *args, mesh=mesh)
   except MissingCompiler:
     raise
   except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the row tells it
@@ -299,7 +341,9 @@ def measure(target: str, system: str, setting: str, order: str, k: int) -> dict[
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """The rows as Markdown."""
   head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "temp_MB"]
-  head += ["kernels", "loop_iterations", "conditionals"]
+  head += ["kernels", "loop_iterations", "conditionals", "collectives"]
+  usual = {"precision": "float32", "remat": "steps", "devices": 1}
+  head += [name for name, value in usual.items() if any(row[name] != value for row in rows)]
   megabytes = lambda row: {**row, "temp_MB": round(row.get("temp_bytes", 0) / 1e6, 1)}  # noqa: E731
   body = [[megabytes(row).get(name, "") for name in head] for row in rows]
   return tabulate.tabulate(body, head, tablefmt="github")
@@ -313,12 +357,14 @@ def main(argv: Sequence[str]) -> None:
   for target in _TARGETS.value:
     find_compiler(target)
   todo = [
-    (target, system, setting, order, int(k))
+    (target, system, setting, order, int(k), remat, int(count), _PRECISION.value)
     for target in _TARGETS.value
     for setting in _SETTINGS.value
     for system in _SYSTEMS.value
     for order in _ORDERS.value
     for k in _STEPS.value
+    for remat in (_REMAT.value if order == "second" else _REMAT.value[:1])
+    for count in _DEVICES.value
   ]
   rows = []
   for what in tqdm.tqdm(todo, disable=None):

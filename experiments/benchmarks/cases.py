@@ -1,10 +1,12 @@
 """What is measured: settings, our compiled steps, and the same systems in PyTorch."""
 
-import math
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,7 +148,7 @@ def compile_timed(function, *args, mesh=None):
 
 
 class Step(NamedTuple):
-  """Our iteration, ready to run, its rows shared by the devices (cores, on a CPU) of the process.
+  """An iteration in JAX, ready to run.
 
   Attributes:
     run: computes it once and waits for the result.
@@ -159,25 +161,53 @@ class Step(NamedTuple):
   temp_bytes: int
 
 
-def make_step(case: Case, order: int, k: int) -> Step:
-  """`ours` on as many devices as divide the rows; few rows (a BERT's) stay on one."""
-  rows = case.args[1].index.shape[0] // 2
-  devices = math.gcd(rows, jax.local_device_count()) if rows >= 8 else 1
+def make_step(case: Case, order: int, k: int, devices: int = 1) -> Step:
+  """`ours`, the rows shared by some devices of the process."""
   mesh = parallel.local_mesh(devices) if devices > 1 else None
   args = parallel.replicate(case.args, mesh)
   step, took = compile_timed(ours(case, order, k, mesh), *args, mesh=mesh)
   return Step(lambda: jax.block_until_ready(step(*args)), took, devices * temporaries(step))
 
 
+def make_linen_step(case: Case, order: int, k: int) -> Step:
+  """`naive` with linen's own LSTM, as a user of JAX would write it alone."""
+  with (
+    mock.patch.object(recurrence, "lstm", _linen_lstm),
+    mock.patch.object(recurrence, "bilstm", _linen_bilstm),
+  ):
+    step, took = compile_timed(naive(case, order, k), *case.args)
+  return Step(lambda: jax.block_until_ready(step(*case.args)), took, temporaries(step))
+
+
+def _linen_lstm(x, valid, w_ih, w_hh, bias, *, reverse=False):
+  """`recurrence.lstm` by `nn.RNN`, with our weights under its names."""
+  names, split = "ifgo", functools.partial(jnp.split, indices_or_sections=4, axis=-1)
+  kernels = {f"i{name}": {"kernel": w} for name, w in zip(names, split(w_ih), strict=True)}
+  for name, w, b in zip(names, split(w_hh), split(bias), strict=True):
+    kernels[f"h{name}"] = {"kernel": w, "bias": b}
+  rnn = nn.RNN(
+    nn.OptimizedLSTMCell(w_hh.shape[0]),
+    time_major=True,
+    return_carry=True,
+    reverse=reverse,
+    keep_order=True,
+  )
+  applied: Any = rnn.apply({"params": {"cell": kernels}}, x, seq_lengths=valid.sum(0))
+  (_, final), states = applied
+  return jnp.where(valid[:, :, None], states, 0), final
+
+
+def _linen_bilstm(x, valid, forward, backward):
+  (ahead, last), (back, first) = (
+    _linen_lstm(x, valid, *forward),
+    _linen_lstm(x, valid, *backward, reverse=True),
+  )
+  return (ahead, back), (last, first)
+
+
 def temporaries(compiled) -> int:
   """Bytes that a program needs on a device beside its arguments and results."""
   return compiled.memory_analysis().temp_size_in_bytes
-
-
-def naive_temporaries(case: Case, order: int, k: int) -> int:
-  """`temporaries` of `naive`."""
-  with recurrence.plain():
-    return temporaries(jax.jit(naive(case, order, k)).lower(*case.args).compile())
 
 
 def make_module(model: str, setting: Setting, case: Case):

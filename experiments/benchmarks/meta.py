@@ -10,10 +10,12 @@ extra "parity" (torch, transformers); `higher` and `torchopt` join in where they
 
 import gc
 import json
+import math
 import pathlib
 import statistics
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +25,19 @@ import tabulate
 import tqdm
 from absl import app, flags
 
-from mmjax import evaluate, masking, meta, plots
+from mmjax import evaluate, masking, meta, parallel, plots
 
 from .. import processes
 from . import cases, peers
 
-_QUICK = flags.DEFINE_bool("quick", False, "The smallest setting, the fast peers, no naive unroll.")
-_NAIVE = flags.DEFINE_bool("naive", True, "Compile the naive unroll too, to tell its memory.")
-_PEERS = flags.DEFINE_list("peers", list(peers.PEERS), "Beside whom, as far as installed.")
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "The smallest setting and PyTorch alone, unless --peers."
+)
+_PEERS = flags.DEFINE_list(
+  "peers",
+  [*peers.PEERS, "linen"],
+  "Beside whom, as far as installed; linen: an unrolled inner loop over its LSTM, in JAX.",
+)
 _SETTINGS = flags.DEFINE_list("settings", list(cases.SETTINGS), "Which settings.")
 _MODELS = flags.DEFINE_list("models", list(cases.MODELS), "Which systems.")
 _STEPS = flags.DEFINE_list("k", ["1", "3", "5"], "Numbers of inner steps.")
@@ -70,9 +77,8 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
   """A row per peer."""
   setting = cases.SETTINGS[name]
   case = cases.prepare(model, setting)
-  step = cases.make_step(case, order, k)
-  naive = _NAIVE.value and not _QUICK.value
-  naive_bytes = cases.naive_temporaries(case, order, k) if naive else None
+  shares = sorted({1, math.gcd(setting.rows, jax.local_device_count())})
+  steps = {devices: cases.make_step(case, order, k, devices) for devices in shares}
   module = cases.make_module(model, setting, case)
   support, query = (
     peers.tensors(jax.tree.map(np.asarray, part))
@@ -82,20 +88,29 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
   rows = []
   # an LSTM by hand keeps each of 500 steps: second order, K = 3, did not end in 24 GB
   by_hand = not _QUICK.value and max(length for length, _ in setting.shapes) <= 100
-  for peer in peers.available(order):
-    if peer not in _PEERS.value or (peer in peers.BY_HAND and not by_hand):
+  asked = ["torch"] if _QUICK.value and not _PEERS.present else _PEERS.value
+  for peer in (*peers.available(order), "linen"):
+    if peer not in asked or (peer in (*peers.BY_HAND, "linen") and not by_hand):
       continue
-    theirs = peers.make_step(peer, module, order, k, cases.RATE)
+    in_jax = cases.make_linen_step(case, order, k) if peer == "linen" else None
+    theirs: Any = in_jax or peers.make_step(peer, module, order, k, cases.RATE)
 
-    def run_theirs(theirs=theirs):
-      return theirs(support, query)
+    def run_theirs(theirs=theirs, in_jax=in_jax):
+      return theirs.run() if in_jax else theirs(support, query)
 
     try:
-      cases.check(case.rules, step.run(), run_theirs(), f"{name}, {model}, {peer}")
+      expected = run_theirs()
     except RuntimeError as error:  # an operation without a derivative in this version
       print(f"{name}, {model}: {peer} cannot run ({str(error).splitlines()[0]})")
       continue
-    ours_s, peer_s = alternate(step.run, run_theirs)
+    for devices, step in steps.items():
+      what = f"{name}, {model}, {peer}, {devices} devices"
+      cases.check(case.rules, step.run(), expected, what)
+    *found, peer_s = alternate(*(step.run for step in steps.values()), run_theirs)
+    seconds = dict(zip(steps, found, strict=True))
+    # as a training shares the rows
+    devices = parallel.worthwhile(setting.rows, max(shares))
+    step, ours_s = steps[devices], seconds[devices]
     rows.append(
       {
         "setting": name,
@@ -103,11 +118,14 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
         "order": order,
         "k": k,
         "peer": peer,
+        "devices": devices,
         "ours_s": ours_s,
         "peer_s": peer_s,
         "ratio": peer_s / ours_s,
+        "one_device_s": seconds[1],
+        "all_devices_s": seconds[max(shares)],
         "temp_bytes": step.temp_bytes,
-        "naive_temp_bytes": naive_bytes,
+        "peer_temp_bytes": in_jax.temp_bytes if in_jax else None,
         "compile_s": step.compile_s,
       }
     )
@@ -175,7 +193,8 @@ def compare_seeds(name: str, model: str, order: int, k: int, seeds: int = 3) -> 
 def measure(model: str, setting: cases.Setting, order: int, k: int) -> tuple[float, int]:
   """Our seconds an iteration and bytes of temporaries."""
   case = cases.prepare(model, setting)
-  step = cases.make_step(case, order, k)
+  shares = math.gcd(setting.rows, jax.local_device_count())
+  step = cases.make_step(case, order, k, parallel.worthwhile(setting.rows, shares))
   step.run()
   return alternate(step.run)[0], step.temp_bytes
 
@@ -209,18 +228,18 @@ def growth(model: str = "self_mm") -> list[dict]:
 
 
 def compare_memory(name: str = "unaligned_b128", model: str = "self_mm", k: int = 20) -> dict:
-  """Temporaries of many second-order inner steps, beside the naive unroll's."""
+  """Temporaries of many second-order inner steps, beside those of an unrolled inner loop."""
   case = cases.prepare(model, cases.SETTINGS[name])
   step, _ = cases.compile_timed(cases.ours(case, 2, k), *case.args)
   one, _ = cases.compile_timed(cases.ours(case, 2, 1), *case.args)
   params = sum(leaf.nbytes for leaf in jax.tree.leaves(case.args[0]))
-  found, naive = cases.temporaries(step), cases.naive_temporaries(case, 2, k)
+  found, naive = cases.temporaries(step), cases.make_linen_step(case, 2, k).temp_bytes
   return {
     "setting": name,
     "model": model,
     "k": k,
     "temp_bytes": found,
-    "naive_temp_bytes": naive,
+    "linen_temp_bytes": naive,
     "ratio": naive / found,
     "bytes_per_step": (found - cases.temporaries(one)) / (k - 1),
     "parameter_bytes": params,

@@ -4,6 +4,7 @@ Only the benchmarks use this module; it needs torch (extra "parity").
 """
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -230,10 +231,13 @@ def discrepancy(x, y):
 MODELS = {"misa": Misa, "self_mm": SelfMM}
 
 
-def plain(module: nn.Module, order: int, k: int, rate: float) -> Callable:
+def plain(
+  module: nn.Module, order: int, k: int, rate: float, transform: Callable = lambda loss: loss
+) -> Callable:
   """M³S by `torch.autograd.grad` over a functional call: the gradient at θ*, or through it."""
   params = dict(module.named_parameters())
 
+  @transform
   def loss(values, inputs):
     return torch.func.functional_call(module, values, (inputs,))
 
@@ -256,6 +260,18 @@ def plain(module: nn.Module, order: int, k: int, rate: float) -> Callable:
     return value, dict(zip(params, grads, strict=True))
 
   return step
+
+
+def compiled(module: nn.Module, order: int, k: int, rate: float) -> Callable:
+  """`plain` of a loss that `torch.compile` has compiled, which has no second derivative.
+
+  LSTMs stay as they are: it would unroll their loops, for minutes.
+  """
+  torch._dynamo.reset()
+  for part in module.modules():
+    if isinstance(part, Recurrence):
+      setattr(part, "forward", torch.compiler.disable(part.forward))  # noqa: B010
+  return plain(module, order, k, rate, functools.partial(torch.compile, dynamic=False))
 
 
 def functional(module: nn.Module, order: int, k: int, rate: float) -> Callable:
@@ -351,6 +367,7 @@ def make_grid(
 
 PEERS = {
   "torch": plain,
+  "torch.compile": compiled,
   "torch.func": functional,
   "higher": higher_steps,
   "torchopt": torchopt_steps,
@@ -385,6 +402,8 @@ def make_step(peer: str, module: nn.Module, order: int, k: int, rate: float) -> 
 def available(order: int) -> Iterator[str]:
   """The peers that can run here, and make sense: of the libraries those that are installed."""
   yield "torch"
+  if order == 1:
+    yield "torch.compile"
   if order == 2:  # its first order cannot use the fast LSTM either
     yield "torch.func"
   for name in ("higher", "torchopt"):

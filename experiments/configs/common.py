@@ -50,6 +50,7 @@ def get_config(dataset: str) -> Any:
     # "split/metric" that picks the epoch, the task's own on validation if empty; "test/mae" picks
     # each metric's own epoch by the test split, as published LNLN: an oracle and no result
     select="",
+    precision="float32",  # or "bfloat16", what networks compute in; parameters stay in float32
     log_test=False,  # log the test split's metrics too, for figures; they select nothing
   )
   config.optimizer = dict(name="adam", learning_rate=1e-4)

@@ -37,7 +37,7 @@ def find(path: pathlib.Path):
   known = [name for name in names() if stem.startswith(name)]
   if not known:
     raise ValueError(f"the file's name starts with none of {', '.join(names())}.")
-  return importlib.import_module(f"experiments.parity.goldens.{max(known, key=len)}")
+  return importlib.import_module(f"{__package__}.goldens.{max(known, key=len)}")
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:

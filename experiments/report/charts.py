@@ -7,6 +7,7 @@ scripts, so that a page loads nothing.
 """
 
 import functools
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +15,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmjax import metrics, plots
+from mmjax import metrics, plots, types
 
 HEIGHT = 250
 POINTS = 8000  # of all clouds, so that pages of many systems stay small
 
 Spec = dict[str, Any]
+
+
+def check() -> None:
+  """Raises a UsageError if there is nothing to draw with: before a study trains for hours."""
+  if any(importlib.util.find_spec(name) is None for name in ("altair", "vl_convert")):
+    raise types.UsageError("the report needs Altair: pip install 'mmjax[report]'.")
 
 
 @functools.cache

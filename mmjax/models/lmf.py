@@ -69,7 +69,7 @@ class Lmf(nn.Module):
       products.append(jnp.einsum("bd,rdc->rbc", x, factor))
     product = products[0] * products[1] * products[2]
     scores = Fusion(outputs, name="fusion")(product)
-    feature = jnp.swapaxes(product, 0, 1).reshape(len(scores), -1)
+    feature = jnp.swapaxes(product, 0, 1).reshape(scores.shape[0], -1)
     return {**out, "feature": feature, "prediction": layers.prediction(scores)}
 
 

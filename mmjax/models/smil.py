@@ -78,7 +78,7 @@ class Pass(NamedTuple):
 def _gaussian_kl(mean: Array, std: Array) -> Array:
   """[B, ...] KL(N(mean, std²) ‖ N(0, 1)), summed over all but the first axis."""
   each = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
-  return each.reshape(len(each), -1).sum(1)
+  return each.reshape(each.shape[0], -1).sum(1)
 
 
 class Fusion(nn.Module):
@@ -113,13 +113,15 @@ class Fusion(nn.Module):
   ) -> dict[str, Array]:
     """vectors [B, D] by modality, there [B, M] bool -> named tensors [B, ...]."""
     paper, out = self.variant == "paper", {}
-    flags = there.astype(next(iter(vectors.values())).dtype)
+    dtype = next(iter(vectors.values())).dtype
+    flags, noise = there.astype(dtype), jax.tree.map(lambda a: a.astype(dtype), noise)
     columns = {name: n for n, name in enumerate(self.sizes)}
     kept = {name: vectors[name] * flags[:, n, None] for name, n in columns.items()}
     context = jnp.concatenate([*kept.values(), flags], 1)
     divergences: list[Array] = []
     for n, name in enumerate(self.missing):
-      weights, prior = jax.nn.softplus(self.weights[name](context)), self.priors[name].value
+      weights = jax.nn.softplus(self.weights[name](context))
+      prior = self.priors[name].value.astype(dtype)
       if paper:
         std = jnp.clip(weights, *SIGMA)
         divergences.append(_gaussian_kl(jnp.zeros_like(std), std))

@@ -62,7 +62,8 @@ def lstm(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, bias], [3, 2, 2, 2, 1])
   chex.assert_shape(valid, x.shape[:2])
-  states, final = _run(x, valid[:, :, None], (w_ih, w_hh, bias), reverse)
+  x, *weights = _alike(x, w_ih, w_hh, bias)
+  states, final = _run(x, valid[:, :, None], weights, reverse)
   return jnp.where(valid[:, :, None], states, 0), final
 
 
@@ -85,12 +86,15 @@ def bilstm(
       lstm(x, valid, *backward, reverse=True),
     )
     return (ahead, back), (last, first)
+  x, *weights = _alike(x, *forward, *backward)
+  forward, backward = tuple(weights[:3]), tuple(weights[3:])
   # the longest sequence, turned round, begins at once: chunks of padding alone cost a loop nothing
   last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
+  by_itself = lambda a, **_: a  # noqa: E731 - kernels turn round
   turn = functools.partial(  # its own inverse
     _by_platform,
-    lambda a: jnp.roll(a[::-1], last, 0),
-    lambda a, **_: a,  # which turns round by itself
+    (lambda a: jnp.roll(a[::-1], last, 0)) if _scans(kernel.LSTM, x.dtype) else by_itself,
+    by_itself,
     forward[1],
   )
   both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
@@ -125,7 +129,8 @@ def gru(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
   chex.assert_shape(valid, x.shape[:2])
-  if _PLAIN.get() or not _accelerated(w_hh.shape[0], w_hh.dtype):
+  scans = w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.shape[0], w_hh.dtype)
+  if _PLAIN.get() or scans:
     return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
   # r, z, and the two parts of n: the state's is multiplied by r
   (w_rz, w_n), (u_rz, u_n), (b_rz, b_n), (c_rz, c_n) = (
@@ -138,16 +143,20 @@ def gru(
   return jnp.where(seen, states, 0).swapaxes(0, 1)
 
 
+def _alike(*arrays):
+  """All in one dtype: features may be of half precision, the weights' own is computed in."""
+  with jax.numpy_dtype_promotion("standard"):
+    dtype = jnp.result_type(*arrays)
+  return [a.astype(dtype) for a in arrays]
+
+
 def _run(x, valid, weights, reverse):
   """h after each step and the final h.
 
   Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
   weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
   """
-  # features may be of half precision; the weights' own, mostly, is what is computed in
-  with jax.numpy_dtype_promotion("standard"):
-    dtype = jnp.result_type(x, *weights)
-  x, w_ih, w_hh, bias = (a.astype(dtype) for a in (x, *weights))
+  w_ih, w_hh, bias = weights
   # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
   # code of gates that are sliced out of a large array (three times as slow on a CPU)
   w = jnp.concatenate([w_ih, w_hh], -2)
@@ -187,6 +196,11 @@ def _accelerated(hidden, dtype):
   return kernel.fits(hidden, dtype) and (_PORTABLE.get() or jax.default_backend() != "cpu")
 
 
+def _scans(cell, dtype):
+  """Whether the loop is `scan`'s: it knows LSTMs alone, and sums up in the dtype of the weights."""
+  return cell is kernel.LSTM and dtype.itemsize >= 4
+
+
 def _by_platform(loop, kernel_of, w, *args):
   """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes weights [..., 4H]."""
   if not _accelerated(w.shape[-1] // 4, w.dtype):
@@ -202,17 +216,17 @@ def _chunked(x, valid, w, bias, cell, reverse):
 
 
 def _chunked_fwd(x, valid, w, bias, cell, reverse):
-  loop = scan.forward if cell is kernel.LSTM else functools.partial(kernel.forward, cell)
-  runs = loop, functools.partial(kernel.forward, cell)
-  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in runs)
+  by_cell = functools.partial(kernel.forward, cell)
+  loop = scan.forward if _scans(cell, w.dtype) else by_cell
+  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
   *states, final = _by_platform(loop, of_kernel, w, x, valid, w, bias)
   return (states[0], final), (x, valid, w, bias, *states)
 
 
 def _chunked_bwd(cell, reverse, kept, cotangents):
-  loop = scan.backward if cell is kernel.LSTM else functools.partial(kernel.backward, cell)
-  runs = loop, functools.partial(kernel.backward, cell)
-  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in runs)
+  by_cell = functools.partial(kernel.backward, cell)
+  loop = scan.backward if _scans(cell, kept[2].dtype) else by_cell
+  loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
   d_x, d_w, d_bias = _by_platform(loop, of_kernel, kept[2], *kept, *cotangents)
   return d_x, None, d_w, d_bias
 
