@@ -179,12 +179,10 @@ def _height(metric: str) -> Any:
 def _told(x_label: str, metric: str) -> list[Any]:
   import altair as alt
 
-  return [
-    alt.Tooltip("model:N", title="system"),
-    alt.Tooltip("x:N", title=x_label.partition(",")[0]),
-    alt.Tooltip("told:N", title=heading(metric)),
-    alt.Tooltip("n:Q", title="runs"),
-  ]
+  titles = {"model": "system", "x": x_label.partition(",")[0], "told": heading(metric), "n": "runs"}
+  # "format", though empty: without it Vega-Lite 6.4 looks for texts in the wrong place if the
+  # pointer may be anywhere near
+  return [alt.Tooltip(f"{name}:N", title=title, format="") for name, title in titles.items()]
 
 
 def heading(metric: str) -> str:
