@@ -36,7 +36,7 @@ def library() -> str:
   import vl_convert
 
   version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
-  return vl_convert.javascript_bundle(None, version)
+  return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
 
 
 def curves(table: pd.DataFrame, metric: str, lines: Sequence[str], *, x: str, x_label: str) -> Spec:
