@@ -30,19 +30,24 @@ _PATHS = {
 text = html.escape
 
 
+def _narrow(title: str) -> str:
+  """A title that may break behind a slash."""
+  return text(title).replace("/", "/<wbr>")
+
+
 def heading(column: str) -> tuple[str, str, str]:
   """A column's title in HTML, which direction is better ("min", "max", ""), and what it means."""
   prefix, _, name = column.rpartition(" ")
   try:
     found = metrics.info(name)
   except types.UsageError:
-    return text(TITLES.get(column, column)), "", glossary.TERMS.get(column, "")
+    return _narrow(TITLES.get(column, column)), "", glossary.TERMS.get(column, "")
   if prefix.endswith("p"):  # a p-value has no better
-    return text(f"{prefix} {found.title}"), "", glossary.TERMS["p"]
+    return _narrow(f"{prefix} {found.title}"), "", glossary.TERMS["p"]
   word = {"min": "lower", "max": "higher"}[found.better]
   arrow = f'<span class="way" role="img" aria-label="{word} is better">{charts.arrow(name)}</span>'
   return (
-    f"{text(f'{prefix} {found.title}'.strip())}&nbsp;{arrow}",
+    f"{_narrow(f'{prefix} {found.title}'.strip())}&nbsp;{arrow}",
     found.better,
     glossary.metric(name),
   )
