@@ -200,8 +200,7 @@ def confusion(counts: np.ndarray, names: Sequence[object], title: str) -> str:
   rows = []
   for name, row, part in zip(names, counts, shares, strict=True):
     cells = "".join(
-      f'<td style="--share:{100 * s:.0f}%"{" class=strong" if s > 0.5 else ""}'
-      f' title="{100 * s:.0f} % of the label">{n}</td>'
+      f'<td style="--share:{100 * s:.0f}%" title="{100 * s:.0f} % of the label">{n}</td>'
       for n, s in zip(row, part, strict=True)
     )
     rows.append(f'<tr><th scope="row">{text(str(name))}</th>{cells}</tr>')
