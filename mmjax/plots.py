@@ -43,7 +43,7 @@ def style(number: int) -> Style:
 
 
 def title(metric: str) -> str:
-  """How a figure writes a metric; what is none, such as a loss, by its own."""
+  """How a figure writes a metric; a name that is of none as it is."""
   try:
     found = metrics.info(metric)
   except types.UsageError:
