@@ -211,20 +211,11 @@ def make_run(config: Config, dataset: data.Dataset) -> Run:
     UsageError: on what the config cannot have.
   """
   settings.check(config)
-  system, train_settings = make_system(config), config.train
+  system = make_system(config)
   if system.conversations:
     dataset = conversations.group(dataset)
-  rows = sources.as_source(dataset.train).rows
-  recipe = train.Recipe(
-    system=system,
-    method=make_method(config),
-    optimizers=make_optimizers(config, system, rows),
-    batch_size=train_settings.batch_size,
-    epochs=train_settings.epochs,
-    select=select(config, dataset.spec),
-    patience=train_settings.patience or None,
-  )
-  splits = ("valid", "test") if train_settings.log_test or is_oracle(config) else ("valid",)
+  recipe = _make_recipe(config, system, dataset)
+  splits = ("valid", "test") if config.train.log_test or is_oracle(config) else ("valid",)
   condition = valid_condition(config)
   evaluators: dict[str, Evaluator] = {
     split: evaluate.make_validator(
@@ -233,6 +224,30 @@ def make_run(config: Config, dataset: data.Dataset) -> Run:
     for split in splits
   }
   return Run(config, dataset, recipe, evaluators, jax.random.key(config.seed))
+
+
+def _make_recipe(config: Config, system: types.System, dataset: data.Dataset) -> train.Recipe:
+  return train.Recipe(
+    system=system,
+    method=make_method(config),
+    optimizers=make_optimizers(config, system, sources.as_source(dataset.train).rows),
+    batch_size=config.train.batch_size,
+    epochs=config.train.epochs,
+    select=select(config, dataset.spec),
+    patience=config.train.patience or None,
+  )
+
+
+def recipe_of(run: Run) -> Callable[[Mapping[str, Any]], train.Recipe]:
+  """The recipe as a function of numbers of the config, by dotted name, which may be traced."""
+
+  def make(numbers):
+    config = settings.from_json(settings.plain(run.config))
+    for name, number in numbers.items():
+      settings.put(config, name, number)
+    return _make_recipe(config, make_system(config), run.dataset)
+
+  return make
 
 
 def trace(run: Run) -> train.Progress:

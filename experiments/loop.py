@@ -11,7 +11,7 @@ import tqdm
 
 from mmjax import checkpoint, parallel, sources, train, types
 
-from . import build, interrupts, workdir
+from . import build, interrupts, together, workdir
 
 COMPILING = "compiling, kept for next time"
 
@@ -125,10 +125,10 @@ def execute_together(
   checkpoint_every: float = 60.0,
   should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-  """Trains runs that differ in their seed only side by side, as one program.
+  """Trains runs that differ in their seeds, or in numbers, side by side as one program.
 
   Args:
-    runs: the runs.
+    runs: the runs; see `together`.
     paths: their folders; each ends up as `execute` would have left it.
     data_dir: where their data lie.
     common: folder of the common checkpoints; it is removed at the end.
@@ -137,7 +137,7 @@ def execute_together(
   recipe, dataset = runs[0].recipe, runs[0].dataset
   if runs[0].config.data.stream:
     raise types.UsageError("runs that train together cannot stream: set --schedule=processes.")
-  progresses = [train.start(recipe, dataset.train, dataset.spec, run.key) for run in runs]
+  progresses = [train.start(run.recipe, dataset.train, dataset.spec, run.key) for run in runs]
   folders = [
     workdir.Workdir(path, build.describe(run.config, data_dir), data_dir, build.reading(run))
     for run, path in zip(runs, paths, strict=True)
@@ -163,15 +163,17 @@ def execute_together(
   try:
     with bar:
       _announce() if bar.disable else bar.set_description(COMPILING)
-      together = train.fit(
-        recipe,
+      names = together.differing(runs)
+      side_by_side = train.fit(
+        build.recipe_of(runs[0]),
         dataset.train,
         [run.evaluators for run in runs],
         list(progresses),
         [run.key for run in runs],
+        numbers=[together.arrays(run, names) for run in runs],
         pause=pause,
       )
-      for reports in together:
+      for reports in side_by_side:
         for n, report in enumerate(reports):
           if report is not None:
             progresses[n] = report.progress

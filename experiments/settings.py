@@ -174,6 +174,15 @@ def assign(config: Config, name: str, value: Any) -> None:
     where[last] = ml_collections.ConfigDict(found) if isinstance(found, Mapping) else found
 
 
+def put(config: Config, name: str, value: Any) -> None:
+  """Sets an entry that is there, "train.epochs", to a value of any kind, such as a traced one."""
+  *sections, last = name.split(".")
+  for section in sections:
+    config = config[section]
+  with config.ignore_type():
+    config[last] = value
+
+
 def assign_all(config: Config, entries: Mapping[str, Any]) -> None:
   """`assign` of several entries; names come first, since the settings are theirs."""
   for name in sorted(entries, key=lambda name: not name.endswith(".name")):

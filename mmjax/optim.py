@@ -210,8 +210,8 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
   """A learning rate: a constant, or {"name", "peak", …} with lengths as shares of training.
 
   Args:
-    settings: the rate, or a mapping with "name", a key of `SCHEDULES`, and its settings. Ours
-      take "peak" (the rate), and some of "warmup" (share of the steps), "end" (final share of
+    settings: the rate, which may be traced, or a mapping with "name", a key of `SCHEDULES`, and its
+      settings. Ours take "peak" (the rate), and some of "warmup" (share of the steps), "end" (final share of
       the peak, default 0), "hold" (hold_linear: share of the steps before the decay, default
       0.5), "every" and "factor" (step: multiply by `factor` after each `every`-th share of the
       training), "epochs" (epoch_warmup_cosine, which moves once an epoch: their number). Those
@@ -225,7 +225,7 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
     UsageError: on an unknown name or setting.
   """
   if not isinstance(settings, Mapping):
-    return float(settings)
+    return settings if isinstance(settings, jax.Array) else float(settings)  # it may be traced
   settings = dict(settings)
   if "name" not in settings:
     raise types.UsageError(
@@ -305,7 +305,7 @@ def _one(
   elif "learning_rate" in known:
     given["learning_rate"] = LEARNING_RATE
   steps = [] if clip_norm is None else [clip_by_norm(clip_norm)]
-  if decay and "weight_decay" not in known:  # PyTorch's: added to the gradient
+  if "weight_decay" not in known and decay:  # PyTorch's: added to the gradient
     steps.append(optax.add_decayed_weights(decay))
   return optax.chain(*steps, _call("optimizer", name, make, settings, **given))
 

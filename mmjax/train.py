@@ -251,19 +251,28 @@ def fit(
 
 @overload
 def fit(
-  recipe: Recipe,
+  recipe: Recipe | Callable[[Any], Recipe],
   source: types.Batch | sources.Source,
   evaluators: Sequence[Evaluators],
   progress: Sequence[Progress],
   key: Sequence[types.PRNGKey],
   *,
+  numbers: Sequence[Any] | None = ...,
   seconds: float = ...,
   pause: Callable[[list[Progress]], None] = ...,
 ) -> Iterator[list[EpochReport | None]]: ...
 
 
 def fit(
-  recipe, source, evaluators, progress, key, *, seconds=10.0, pause=lambda progress: None
+  recipe,
+  source,
+  evaluators,
+  progress,
+  key,
+  *,
+  numbers=None,
+  seconds=10.0,
+  pause=lambda progress: None,
 ) -> Iterator:
   """Trains epoch by epoch from `progress` on and yields a report after each.
 
@@ -274,16 +283,20 @@ def fit(
 
   Several runs that differ in their keys train side by side, as one vmapped program, where
   `evaluators`, `progress` and `key` are lists; all runs that are not over stand at the same
-  step. What is given to `pause` and yielded are lists then, too.
+  step. What is given to `pause` and yielded are lists then, too. They may also differ in numbers,
+  such as rates and weights: `recipe` is then a function that makes the recipe of them.
 
   Args:
-    recipe: how to train.
+    recipe: how to train; of runs that differ in `numbers`, a function of one run's. It is called
+      with each run's own, and in the steps with traced ones: a number on which a shape or a branch
+      depends raises JAX's errors there.
     source: the training split, N rows: a batch, or a source such as `stream.Stream`.
     evaluators: by the name of a split, `(params, extra) -> metrics`. All are called after each
       epoch. One may tell the metrics that it gives by an attribute `names`; otherwise it is
       asked once before the first step.
     progress: from `start` or a checkpoint. Its buffers are consumed.
     key: the run's key.
+    numbers: of each run, a tree of arrays, all of one structure.
     seconds: long epochs are cut into stretches of about this time.
     pause: called between stretches with the current progress, to save it or to stop by
       raising an exception.
@@ -297,36 +310,66 @@ def fit(
     NonFiniteLoss: at the first step whose loss or gradient is not finite.
   """
   source, one = sources.as_source(source), isinstance(evaluators, Mapping)
-  _check_recipe(recipe, source)
   evaluators, progresses, keys = (
     [part] if one else list(part) for part in (evaluators, progress, key)
   )
   if not len(evaluators) == len(progresses) == len(keys) > 0:
     raise types.UsageError("runs side by side need as many evaluators as progresses and keys.")
-  if not one and recipe.mesh is not None:
+  if numbers is None:
+    make, numbers = (lambda _: recipe), [()] * len(keys)
+  else:
+    make, numbers = recipe, list(numbers)
+    if one or len(numbers) != len(keys):
+      raise types.UsageError("numbers are of runs side by side, one tree of each.")
+  recipes = [make(given) for given in numbers]
+  for its, plan, where in zip(evaluators, recipes, progresses, strict=True):
+    _check_recipe(plan, source)
+    _check_select(plan, its, where)
+  if not one and recipes[0].mesh is not None:
     raise types.UsageError("runs side by side train on one device: the recipe's mesh must be None.")
-  for its, where in zip(evaluators, progresses, strict=True):
-    _check_select(recipe, its, where)
+  if len({outline(plan) for plan in recipes}) > 1:
+    raise types.UsageError("runs side by side have the same phases, batches, epochs and selection.")
+  runs = (make, recipes, numbers, source, evaluators, progresses, keys, seconds)
   if not one:
-    return _fit(recipe, source, evaluators, progresses, keys, seconds, pause, together=True)
-  first = lambda progresses: pause(progresses[0])  # noqa: E731
-  alone = _fit(recipe, source, evaluators, progresses, keys, seconds, first, together=False)
+    return _fit(*runs, pause, together=True)
+  alone = _fit(*runs, lambda progresses: pause(progresses[0]), together=False)
   return (report for (report,) in alone)
 
 
-def _fit(recipe, source, evaluators, progresses, keys, seconds, pause, *, together):
+def outline(recipe: Recipe) -> tuple:
+  """What the loop around the steps reads of a recipe; runs side by side have the same."""
+  phases = tuple((phase.name, phase.share, phase.epochs) for phase in recipe.system.phases)
+  train = (recipe.batch_size, recipe.epochs, recipe.select, recipe.patience)
+  return (*train, recipe.method.draws, phases)
+
+
+def _make_advance(make, number) -> sources.Advance:
+  """`make_advance` in phase `number` of the recipe of a run, whose numbers go with its state."""
+
+  def advance(state, sums, batch, key):
+    state, given = state
+    recipe = make(given)
+    step = make_advance(recipe, recipe.system.phases[number])
+    state, sums, finite = step(state, sums, batch, key)
+    return (state, given), sums, finite
+
+  return advance
+
+
+def _fit(make, recipes, numbers, source, evaluators, progresses, keys, seconds, pause, *, together):
   """`fit` of lists; one run alone is not vmapped."""
+  recipe = recipes[0]
   phases, batch_size = recipe.system.phases, min(recipe.batch_size, source.rows)
   placed = source.place(recipe.mesh)
   programs = [
     placed.make_steps(
-      make_advance(recipe, phase),
+      _make_advance(make, number),
       batch_size,
       recipe.method.draws,
       mesh=recipe.mesh,
       together=together,
     )
-    for phase in phases
+    for number in range(len(phases))
   ]
   key = jnp.stack(keys) if together else parallel.replicate(keys[0], recipe.mesh)
   stretch = 1  # steps until the next pause; grows to about `seconds`
@@ -341,12 +384,13 @@ def _fit(recipe, source, evaluators, progresses, keys, seconds, pause, *, togeth
       total = _phase_steps(phase, epoch, source.rows, batch_size)
       if done == 0 and total and phase.on_epoch is not None:
         for n in active:
-          state = _on_epoch(phase, progresses[n].state, epoch, source, recipe.mesh)
+          own = recipes[n].system.phases[number]
+          state = _on_epoch(own, progresses[n].state, epoch, source, recipe.mesh)
           progresses[n] = progresses[n]._replace(state=state)
       while done < total:
         began, stop = time.monotonic(), min(done + stretch, total)
-        state, sums, finite = programs[number](
-          *_gather(progresses, phase.name, together),
+        (state, _), sums, finite = programs[number](
+          *_gather(progresses, numbers, phase.name, together),
           key,
           np.int32(epoch),
           np.int32(done),
@@ -377,9 +421,9 @@ def _fit(recipe, source, evaluators, progresses, keys, seconds, pause, *, togeth
     yield reports
 
 
-def _gather(progresses, phase, together):
-  """State and sums of the run, or of all runs along a leading axis."""
-  states = [progress.state for progress in progresses]
+def _gather(progresses, numbers, phase, together):
+  """State, with numbers, and sums of the run, or of all runs along a leading axis."""
+  states = [(progress.state, given) for progress, given in zip(progresses, numbers, strict=True)]
   sums = [progress.sums[phase] for progress in progresses]
   return (_stack(states), _stack(sums)) if together else (states[0], sums[0])
 

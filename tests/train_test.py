@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import toy
-from mmjax import checkpoint, masking, meta, metrics, optim, parallel, sources, train, types
+from mmjax import checkpoint, losses, masking, meta, metrics, optim, parallel, sources, train, types
 
 KEY = jax.random.key(5)
 DATA = toy.make_batch(32)
@@ -276,6 +276,43 @@ def test_a_run_that_is_over_keeps_its_state_beside_another():
   pause = lambda both: seen.append(jax.tree.map(np.array, both[1].state.params))  # noqa: E731
   reports = list(train.fit(plan, DATA, evaluators, progresses, keys, seconds=0.0, pause=pause))
   chex.assert_trees_all_equal(seen[-1], reports[1][1].progress.state.params)
+
+
+def of_numbers(given):
+  """A recipe of rates and a weight; the outer optimizer has a schedule, and decay of its own."""
+  schedule = {"name": "warmup_cosine", "peak": given["rate"]}
+  inner = {"name": "adam", "learning_rate": given["inner"]}
+  outer = dict(name="adamw", learning_rate=schedule, weight_decay=given["decay"])
+  loss = losses.with_l2(toy.loss, given["weight"])
+  return recipe(
+    system=toy.make_system(phases=(types.Phase("main", loss),)),
+    method=meta.METHODS["m3s"](masking.span((0.0, given["missing"])), optimizer=inner),
+    optimizers={"main": optim.make(total_steps=8, **outer)},
+    epochs=2,
+  )
+
+
+def test_runs_that_differ_in_numbers_side_by_side_equal_runs_in_turn():
+  names = ("rate", "inner", "decay", "weight", "missing")
+  values = ((0.03, 0.01, 0.0, 0.0, 0.2), (0.1, 0.1, 0.1, 0.5, 0.9))
+  numbers = [dict(zip(names, np.float32(one), strict=True)) for one in values]
+  plans, keys = [of_numbers(given) for given in numbers], [KEY, jax.random.key(6)]
+  begin = [train.start(p, DATA, toy.SPEC, key) for p, key in zip(plans, keys, strict=True)]
+  evaluators = [{"valid": validate}] * 2
+  found = list(train.fit(of_numbers, DATA, evaluators, begin, keys, numbers=numbers))
+  for n, (plan, key) in enumerate(zip(plans, keys, strict=True)):
+    alone = run(plan, key=key)
+    assert maes(one[n] for one in found) == pytest.approx(maes(alone), rel=1e-4)
+    params = found[-1][n].progress.state.params
+    chex.assert_trees_all_close(params, alone[-1].progress.state.params, rtol=1e-3, atol=1e-6)
+  assert abs(found[-1][0].train["loss"] - found[-1][1].train["loss"]) > 0.1
+
+  def branches(given):
+    return recipe(epochs=2 if given["rate"] > 0.05 else 3)
+
+  begin = [train.start(branches(given), DATA, toy.SPEC, KEY) for given in numbers]
+  with pytest.raises(types.UsageError, match="same phases, batches, epochs"):
+    train.fit(branches, DATA, evaluators, begin, keys, numbers=numbers)
 
 
 def test_patience_stops_early():
