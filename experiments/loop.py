@@ -158,6 +158,8 @@ def execute_together(
         checkpoint.save(checkpoints, step, tuple(progresses))
       clock.restart()
     if stop:
+      for folder, progress in zip(folders, progresses, strict=True):
+        folder.save(progress)  # each may go on alone
       raise interrupts.Interrupted
 
   try:

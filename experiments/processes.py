@@ -28,11 +28,13 @@ class Training(NamedTuple):
     name: says which it is, in messages.
     path: its folder.
     epochs: how many it has.
+    log: the folder whose log says how far it is, where `path` is one of runs side by side.
   """
 
   name: str
   path: pathlib.Path
   epochs: int
+  log: pathlib.Path | None = None
 
 
 def _cores() -> list[int]:
@@ -105,7 +107,7 @@ class _Member(NamedTuple):
   bar: tqdm.tqdm
 
   def epochs(self) -> int:
-    return len(workdir.history(self.training.path))
+    return len(workdir.history(self.training.log or self.training.path))
 
 
 class Crew:

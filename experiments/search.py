@@ -4,9 +4,10 @@ import json
 import math
 import pathlib
 import pprint
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optuna
@@ -16,14 +17,38 @@ from optuna.trial import TrialState
 
 from mmjax import metrics, plots, types
 
-from . import build, cli, interrupts, processes, settings, space, study, trials, workdir
+from . import (
+  build,
+  cli,
+  interrupts,
+  processes,
+  settings,
+  space,
+  study,
+  together,
+  trials,
+  workdir,
+)
 
 LOOK_S = 0.5  # between two looks at the logs of the trials, or for a next trial
+
+
+class _Trial(NamedTuple):
+  trial: optuna.Trial
+  values: dict[str, Any]
+  path: pathlib.Path
+  run: build.Run
+
+  @property
+  def number(self) -> int:
+    """Of its folder."""
+    return int(self.path.name)
 
 
 class _Running(NamedTuple):
   trial: optuna.Trial
   values: dict[str, Any]
+  path: pathlib.Path
   training: processes.Training
   first: int  # epoch that may be selected
 
@@ -36,6 +61,7 @@ class Search:
     entries: the space.
     budget: how many trials there are, of all workers together.
     data_dir, root: folders of the datasets and of the search.
+    at_once: how many trials are asked for, to train together if they can.
   """
 
   def __init__(
@@ -45,6 +71,7 @@ class Search:
     budget: int,
     data_dir: build.Path,
     root: build.Path,
+    at_once: int = 1,
   ):
     self.config, self.entries, self.budget = config, entries, budget
     self.data_dir, self.root = pathlib.Path(data_dir), pathlib.Path(root)
@@ -52,7 +79,9 @@ class Search:
     spec = self._study.dataset(study.Variant("", config, {}, "")).spec
     self.metric = build.select(config, spec)[0]
     self.better = metrics.info(self.metric.partition("/")[2]).better
+    self._at_once, self._groups = at_once, together.Groups()
     self._running: list[_Running] = []
+    self._waiting: list[processes.Training] = []
     self._pruned: set[int] = set()
     self._epochs: dict[int, int] = {}  # number of a trial -> the last one that was reported
     self._looked, self._asked = 0.0, 0.0
@@ -94,6 +123,8 @@ class Search:
         queue.beat([one.trial for one in self._running])
         while self._bug is None and crew.is_free() and (one := self._next(queue)):
           crew.start(one)
+        if self._bug is not None or watch.signal is not None:
+          self._leave(queue)
         self._look(crew)
         for training, ended in crew.wait():
           self._end(queue, training, ended, watch.signal is not None)
@@ -111,12 +142,48 @@ class Search:
 
   def _next(self, queue) -> processes.Training | None:
     """A training to start; None if there is none now."""
-    if not self._is_due():
-      return None
-    if (found := queue.ask()) is None:
-      self._asked = time.monotonic()
-      return None
-    trial, values = found
+    if not self._waiting and self._is_due():
+      self._ask(queue)
+    return self._waiting.pop(0) if self._waiting else None
+
+  def _ask(self, queue) -> None:
+    """Asks for trials, and has those wait that come together."""
+    asked: list[_Trial] = []
+    while len(asked) < self._at_once:
+      if (found := queue.ask()) is None:
+        self._asked = time.monotonic()
+        break
+      if (one := self._prepare(queue, *found)) is not None:
+        asked.append(one)
+    begun = [one for one in asked if workdir.has_begun(one.path)]  # it goes on alone
+    fresh = [one for one in asked if one not in begun]
+    found = [[fresh[n] for n in numbers] for numbers in self._groups.of([t.run for t in fresh])]
+    for ones in [*found, *([one] for one in begun)]:
+      self._wait(ones)
+
+  def _wait(self, ones: Sequence[_Trial]) -> None:
+    """Has trials wait for their training, of all of them as one program."""
+    recipe, numbers = ones[0].run.recipe, [one.number for one in ones]
+    if len(ones) == 1:
+      training = processes.Training(f"trial {numbers[0]}", ones[0].path, recipe.epochs)
+    else:
+      path = self.root / "together" / "-".join(map(str, numbers))
+      workdir.write_group(path, [one.path for one in ones])
+      name = f"trials {', '.join(map(str, numbers))}"
+      training = processes.Training(name, path, recipe.epochs, ones[0].path)
+    first = min(recipe.system.phases[-1].epochs[0], recipe.epochs - 1)
+    self._waiting.append(training)
+    self._running += [_Running(one.trial, one.values, one.path, training, first) for one in ones]
+
+  def _leave(self, queue) -> None:
+    """Leaves the trials that wait to whoever comes next."""
+    for one in [one for one in self._running if one.training in self._waiting]:
+      queue.tell(one.trial, state=TrialState.FAIL, stopped=True)
+      self._running.remove(one)
+    self._waiting.clear()
+
+  def _prepare(self, queue, trial: optuna.Trial, values: dict[str, Any]) -> _Trial | None:
+    """A trial with its folder; None if no run can have its values."""
     number = trial.user_attrs.get("root", trial.number)
     path = self.root / "trials" / f"{number:04d}"
     trial.set_user_attr("folder", str(path))
@@ -127,12 +194,8 @@ class Search:
     except types.UsageError as error:  # this combination alone: `check` tried the others
       queue.tell(trial, state=TrialState.FAIL, error=str(error))
       print(f"trial {number}: {error}", file=sys.stderr, flush=True)
-      return self._next(queue)
-    epochs = run.config.train.epochs
-    first = min(run.recipe.system.phases[-1].epochs[0], epochs - 1)
-    training = processes.Training(f"trial {number}", path, epochs)
-    self._running.append(_Running(trial, values, training, first))
-    return training
+      return None
+    return _Trial(trial, values, path, run)
 
   def _look(self, crew: processes.Crew) -> None:
     """Reports new epochs, and stops what is not promising."""
@@ -143,13 +206,15 @@ class Search:
       number = one.trial.number
       if number not in self._pruned and self._report(one) and one.trial.should_prune():
         self._pruned.add(number)
-        crew.stop(one.training)
+        beside = [other for other in self._running if other.training == one.training]
+        if all(other.trial.number in self._pruned for other in beside):
+          crew.stop(one.training)
 
   def _report(self, one: _Running) -> bool:
     """Whether a trial had new epochs; one told twice is what it was."""
     split, _, metric = self.metric.partition("/")
     known = self._epochs.get(one.trial.number, -1)
-    new = [line for line in workdir.history(one.training.path) if line["epoch"] > known]
+    new = [line for line in workdir.history(one.path) if line["epoch"] > known]
     for line in new:
       value = line[split][metric]
       if line["epoch"] >= one.first and math.isfinite(value):
@@ -158,20 +223,33 @@ class Search:
     return bool(new)
 
   def _end(self, queue, training, ended, interrupted: bool) -> None:
-    one = next(one for one in self._running if one.training == training)
-    self._running.remove(one)
-    if ended.code == 0:
+    ones = [one for one in self._running if one.training == training]
+    self._running = [one for one in self._running if one.training != training]
+    for one in ones:
+      pruned, beside = one.trial.number in self._pruned, len(ones) > 1
+      if beside and ended.code > 0 and not pruned and not interrupted:
+        # one of them spoilt it, perhaps: alone, each has the end that is its own
+        run = self.run(space.changed(self.config, one.values))
+        self._wait([_Trial(one.trial, one.values, one.path, run)])
+      else:
+        self._end_one(queue, one, ended, interrupted, beside)
+    if len(ones) > 1:
+      shutil.rmtree(training.path, ignore_errors=True)
+
+  def _end_one(self, queue, one: _Running, ended, interrupted: bool, beside: bool) -> None:
+    training, pruned = one.training, one.trial.number in self._pruned
+    if ended.code == 0 and not (pruned and beside):
       self._report(one)
-      done = json.loads((training.path / "done.json").read_text(encoding="utf-8"))
+      done = json.loads((one.path / "done.json").read_text(encoding="utf-8"))
       best = done[self.metric]
       if math.isfinite(best["score"]):
         one.trial.set_user_attr("epoch", best["epoch"])
         queue.tell(one.trial, best["score"])
-        told = processes.first_line(ended)
+        told = f"{self.metric} = {best['score']:.4f} (epoch {best['epoch']})"
       else:
         told = "no epoch has a finite score"
         queue.tell(one.trial, state=TrialState.FAIL, error=told)
-    elif one.trial.number in self._pruned:
+    elif pruned:
       queue.tell(one.trial, state=TrialState.PRUNED)
       told = f"pruned after epoch {self._epochs[one.trial.number]}"
     elif interrupted or ended.code < 0:  # killed from outside: to be tried again
@@ -184,7 +262,7 @@ class Search:
       if not isinstance(error, types.UsageError):
         self._bug = error
     values = ", ".join(f"{name}={value}" for name, value in one.values.items())
-    tqdm.tqdm.write(f"{training.name} ({values}): {told}", file=sys.stdout)
+    tqdm.tqdm.write(f"trial {int(one.path.name)} ({values}): {told}", file=sys.stdout)
 
   def _show(self, queue, bar) -> None:
     found = trials.told(queue.trials()).values()

@@ -9,6 +9,7 @@ does, and ends with the same bits. All devices of the process share each batch; 
 the memory stream from disk with --config.data.stream=True.
 """
 
+import pathlib
 import sys
 
 import jax
@@ -90,16 +91,39 @@ def read() -> tuple[settings.Config, str]:
   return cli.change(config, short, cli.entries(_SET.value)), _DATA_DIR.value or data_dir
 
 
+def train_group(folders: list[pathlib.Path], watch: interrupts.Watch) -> None:
+  """Trains the runs of some folders side by side, see `workdir.write_group`."""
+  found = [runs.read_config(folder) for folder in folders]
+  configs, data_dir = (
+    [settings.from_json(one["run"]["config"]) for one in found],
+    found[0]["data_dir"],
+  )
+  dataset = build.load_data(configs[0], data_dir)
+  loop.execute_together(
+    [build.make_run(config, dataset) for config in configs],
+    folders,
+    data_dir,
+    pathlib.Path(_WORKDIR.value) / "checkpoints",
+    checkpoint_every=_CHECKPOINT_EVERY.value,
+    should_stop=lambda: watch.signal is not None,
+  )
+
+
 @cli.binary(_FLAGS, __doc__, required=["workdir"])
 def main():
   trackers.check(_TRACKER.value)
+  group = workdir.group(_WORKDIR.value)
   if _PARENT.value is not None:
     child.end_with(_PARENT.value)
-    workdir.wait(_WORKDIR.value, LEFT_S)
+    for folder in group or [_WORKDIR.value]:
+      workdir.wait(folder, LEFT_S)
   join(_DISTRIBUTED.value)
-  config, data_dir = read()
+  config, data_dir = (None, "") if group else read()
   with interrupts.Watch() as watch:
     try:
+      if group:
+        train_group(group, watch)
+        return
       run = build.make_run(config, build.load_data(config, data_dir))
       progress = loop.execute(
         run,

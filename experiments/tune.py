@@ -60,6 +60,14 @@ _GRACE = flags.DEFINE_integer(
   lower_bound=3,
   flag_values=_FLAGS,
 )
+_TOGETHER = flags.DEFINE_integer(
+  "together",
+  1,
+  "Trials that are asked for at once; those that differ only in numbers that can be traced (rates,"
+  " weights) train as one program, which pays on accelerators.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
 engines.define(_FLAGS)
 TOLD = "Stopping the trials after this stretch of steps"
 
@@ -82,7 +90,7 @@ def main():
   }
   config = cli.change(settings.load(_CONFIG.value), short, sets)
   entries = space.load(_SPACE.value)
-  asked = search.Search(config, entries, _TRIALS.value, _DATA_DIR.value, out)
+  asked = search.Search(config, entries, _TRIALS.value, _DATA_DIR.value, out, _TOGETHER.value)
   given = {name: value for name, value in short.items() if value is not None}
   asked.check({**given, **sets})
   out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import os
 import pathlib
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,13 +63,13 @@ def check(path: Path, asked: dict[str, Any]) -> None:
   """Raises a `runs.RunError` unless a folder could serve what is asked for; writes nothing."""
   path = pathlib.Path(path)
   if not (path / "config.json").exists():
-    if _has_begun(path):
+    if has_begun(path):
       raise runs.RunError(f"{path} holds a training without a config.json; choose another folder.")
     return
   try:
     old = runs.read_config(path)["run"]
   except runs.RunError:
-    if _has_begun(path):
+    if has_begun(path):
       raise
     return
   old, new = settings.flatten(old), settings.flatten(_as_json(asked))
@@ -77,7 +78,7 @@ def check(path: Path, asked: dict[str, Any]) -> None:
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name)
   ]
-  if changed and _has_begun(path):
+  if changed and has_begun(path):
     raise runs.RunError(
       f"{path} holds a run of another config; choose another --workdir or delete it:\n"
       + "\n".join(changed)
@@ -90,7 +91,7 @@ def prepare(path: Path, asked: dict[str, Any], data_dir: Path) -> None:
   check(path, asked)
   path.mkdir(parents=True, exist_ok=True)
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-  if (path / "config.json").exists() and _has_begun(path):
+  if (path / "config.json").exists() and has_begun(path):
     versions = runs.read_config(path)["versions"]  # of what began it
   found = {
     "format": runs.FORMAT,
@@ -99,6 +100,19 @@ def prepare(path: Path, asked: dict[str, Any], data_dir: Path) -> None:
     "versions": versions,
   }
   write_atomically(path / "config.json", json.dumps(found, indent=2) + "\n")
+
+
+def write_group(path: pathlib.Path, folders: Sequence[pathlib.Path]) -> None:
+  """Makes a folder that stands for runs side by side: `train --workdir=PATH` trains them all."""
+  path.mkdir(parents=True, exist_ok=True)
+  absolute = [str(folder.absolute()) for folder in folders]
+  write_atomically(path / "together.json", json.dumps(absolute) + "\n")
+
+
+def group(path: Path) -> list[pathlib.Path]:
+  """The folders of the runs side by side that a folder stands for; none if it is a run's own."""
+  file = pathlib.Path(path) / "together.json"
+  return [*map(pathlib.Path, json.loads(file.read_text("utf-8")))] if file.exists() else []
 
 
 class Workdir:
@@ -220,7 +234,7 @@ def wait(path: Path, seconds: float) -> None:
     time.sleep(0.2)
 
 
-def _has_begun(path: pathlib.Path) -> bool:
+def has_begun(path: pathlib.Path) -> bool:
   """Whether a checkpoint or a line of the log stands in a folder."""
   steps = path.glob("checkpoints/*")
   return any(step.name.isdigit() for step in steps) or bool(history(path))

@@ -211,11 +211,11 @@ def schedule(settings: float | Mapping[str, Any], total_steps: int) -> optax.Sca
 
   Args:
     settings: the rate, which may be traced, or a mapping with "name", a key of `SCHEDULES`, and its
-      settings. Ours take "peak" (the rate), and some of "warmup" (share of the steps), "end" (final share of
-      the peak, default 0), "hold" (hold_linear: share of the steps before the decay, default
-      0.5), "every" and "factor" (step: multiply by `factor` after each `every`-th share of the
-      training), "epochs" (epoch_warmup_cosine, which moves once an epoch: their number). Those
-      of optax take what they take there, with lengths in steps.
+      settings. Ours take "peak" (the rate), and some of "warmup" (share of the steps), "end"
+      (final share of the peak, default 0), "hold" (hold_linear: share of the steps before the
+      decay, default 0.5), "every" and "factor" (step: multiply by `factor` after each `every`-th
+      share of the training), "epochs" (epoch_warmup_cosine, which moves once an epoch: their
+      number). Those of optax take what they take there, with lengths in steps.
     total_steps: number of optimizer steps of the whole training.
 
   Returns:

@@ -16,7 +16,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 from command import ROOT, call, final, refused, start  # noqa: E402
-from experiments import trials, workdir  # noqa: E402
+from experiments import build, loop, settings, together, trials, workdir  # noqa: E402
 from mmjax import runs  # noqa: E402
 
 SPACE = """
@@ -87,6 +87,61 @@ def test_a_search_ends_in_a_config_and_goes_on_with_more_trials(folder):
     assert (out / name).stat().st_size > 5000
   code, output = call("tune", *flags(folder, out, "--config.train.epochs=3"))
   assert code == 1 and "train.epochs: 2 there, 3 asked for" in output
+
+
+NUMBERS = """
+from optuna.distributions import FloatDistribution, IntDistribution
+
+SPACE = {
+  "optimizer.learning_rate": FloatDistribution(1e-3, 1e-2, log=True),
+  "method.optimizer.learning_rate": FloatDistribution(1e-3, 1e-1, log=True),
+  "mask.rate": FloatDistribution(0.1, 0.9),
+}
+"""
+
+
+def test_trials_that_differ_in_numbers_train_as_one_program(folder):
+  out, file = folder / "together", folder / "numbers.py"
+  file.write_text(NUMBERS)
+  more = ("--config.valid.rate=0.5", "--config.train.epochs=2", f"--space={file}")
+  code, output = call("tune", *flags(folder, out, *more, "--trials=2", "--together=2"))
+  assert code == 0, output
+  found = results(out)
+  assert [one.state.name for one in found.values()] == ["COMPLETE"] * 2
+  assert found[0].value != found[1].value and "trial 1 (" in output
+  assert not list((out / "together").iterdir())
+  config = settings.from_json(runs.read_config(out / "trials" / "0001")["run"]["config"])
+  run = build.make_run(config, build.load_data(config, folder / "data"))
+  alone = folder / "alone"
+  loop.execute(run, alone, folder / "data")
+  for here, there in zip(
+    workdir.history(alone), workdir.history(out / "trials" / "0001"), strict=True
+  ):
+    assert here["valid"]["mae"] == pytest.approx(there["valid"]["mae"], rel=1e-4)
+    assert here["train"]["loss"] == pytest.approx(there["train"]["loss"], rel=1e-4)
+  assert found[1].value == pytest.approx(min(found[1].intermediate_values.values()), rel=1e-6)
+
+
+def test_what_cannot_be_traced_is_a_program_of_its_own(folder):
+  def run(**entries):
+    config = settings.load(str(ROOT / "tests" / "toy_config.py"), "tiny")
+    names = {name.replace("__", "."): value for name, value in entries.items()}
+    settings.assign_all(config, {"train.batch_size": 8, **names})
+    return build.make_run(config, dataset)
+
+  dataset = build.load_data(settings.load("quickstart", "tiny"), folder / "data")
+  tried = [
+    run(optimizer__learning_rate=0.1),
+    run(optimizer__learning_rate=0.2, optimizer__weight_decay=0.1),  # a step more than without
+    run(optimizer__learning_rate=0.3, mask__rate=0.2),
+    run(optimizer__learning_rate=0.4, mask__rate=0.3),
+    run(method__inner_steps=3),
+    run(train__batch_size=16),
+    run(train__epochs=1),
+    run(seed=5),
+  ]
+  assert together.Groups().of(tried) == [[0, 7], [1], [2, 3], [4], [5], [6]]
+  assert not together.can_trace(tried[1], "optimizer.weight_decay")
 
 
 @pytest.mark.parametrize(
