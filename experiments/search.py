@@ -40,17 +40,15 @@ class _Trial(NamedTuple):
   run: build.Run
 
   @property
-  def number(self) -> int:
-    """Of its folder."""
+  def root(self) -> int:
+    """The number of its first try, and of its folder."""
     return int(self.path.name)
 
-
-class _Running(NamedTuple):
-  trial: optuna.Trial
-  values: dict[str, Any]
-  path: pathlib.Path
-  training: processes.Training
-  first: int  # epoch that may be selected
+  @property
+  def first(self) -> int:
+    """The epoch from which on one may be selected."""
+    recipe = self.run.recipe
+    return min(recipe.system.phases[-1].epochs[0], recipe.epochs - 1)
 
 
 class Search:
@@ -80,7 +78,7 @@ class Search:
     self.metric = build.select(config, spec)[0]
     self.better = metrics.info(self.metric.partition("/")[2]).better
     self._at_once, self._groups = at_once, together.Groups()
-    self._running: list[_Running] = []
+    self._trials: dict[processes.Training, list[_Trial]] = {}  # of those that run, or wait
     self._waiting: list[processes.Training] = []
     self._pruned: set[int] = set()
     self._epochs: dict[int, int] = {}  # number of a trial -> the last one that was reported
@@ -120,7 +118,7 @@ class Search:
     crew = processes.Crew(engine, watch, below=1)
     with _bar(self.budget) as bar:
       while True:
-        queue.beat([one.trial for one in self._running])
+        queue.beat([one.trial for ones in self._trials.values() for one in ones])
         while self._bug is None and crew.is_free() and (one := self._next(queue)):
           crew.start(one)
         if self._bug is not None or watch.signal is not None:
@@ -155,32 +153,32 @@ class Search:
         break
       if (one := self._prepare(queue, *found)) is not None:
         asked.append(one)
-    begun = [one for one in asked if workdir.has_begun(one.path)]  # it goes on alone
-    fresh = [one for one in asked if one not in begun]
-    found = [[fresh[n] for n in numbers] for numbers in self._groups.of([t.run for t in fresh])]
-    for ones in [*found, *([one] for one in begun)]:
-      self._wait(ones)
+    fresh = []
+    for one in asked:
+      if workdir.has_begun(one.path):  # it goes on alone
+        self._wait([one])
+      else:
+        fresh.append(one)
+    for numbers in self._groups.of([one.run for one in fresh]):
+      self._wait([fresh[n] for n in numbers])
 
   def _wait(self, ones: Sequence[_Trial]) -> None:
     """Has trials wait for their training, of all of them as one program."""
-    recipe, numbers = ones[0].run.recipe, [one.number for one in ones]
+    epochs, numbers = ones[0].run.recipe.epochs, [str(one.root) for one in ones]
     if len(ones) == 1:
-      training = processes.Training(f"trial {numbers[0]}", ones[0].path, recipe.epochs)
+      training = processes.Training(f"trial {numbers[0]}", ones[0].path, epochs)
     else:
-      path = self.root / "together" / "-".join(map(str, numbers))
+      path = self.root / "together" / "-".join(numbers)
       workdir.write_group(path, [one.path for one in ones])
-      name = f"trials {', '.join(map(str, numbers))}"
-      training = processes.Training(name, path, recipe.epochs, ones[0].path)
-    first = min(recipe.system.phases[-1].epochs[0], recipe.epochs - 1)
+      training = processes.Training(f"trials {', '.join(numbers)}", path, epochs, ones[0].path)
     self._waiting.append(training)
-    self._running += [_Running(one.trial, one.values, one.path, training, first) for one in ones]
+    self._trials[training] = list(ones)
 
   def _leave(self, queue) -> None:
     """Leaves the trials that wait to whoever comes next."""
-    for one in [one for one in self._running if one.training in self._waiting]:
-      queue.tell(one.trial, state=TrialState.FAIL, stopped=True)
-      self._running.remove(one)
-    self._waiting.clear()
+    while self._waiting:
+      for one in self._trials.pop(self._waiting.pop()):
+        queue.tell(one.trial, state=TrialState.FAIL, stopped=True)
 
   def _prepare(self, queue, trial: optuna.Trial, values: dict[str, Any]) -> _Trial | None:
     """A trial with its folder; None if no run can have its values."""
@@ -202,15 +200,14 @@ class Search:
     if time.monotonic() - self._looked < LOOK_S:
       return
     self._looked = time.monotonic()
-    for one in self._running:
-      number = one.trial.number
-      if number not in self._pruned and self._report(one) and one.trial.should_prune():
-        self._pruned.add(number)
-        beside = [other for other in self._running if other.training == one.training]
-        if all(other.trial.number in self._pruned for other in beside):
-          crew.stop(one.training)
+    for training, ones in self._trials.items():
+      going = [one for one in ones if one.trial.number not in self._pruned]
+      lost = [one for one in going if self._report(one) and one.trial.should_prune()]
+      self._pruned.update(one.trial.number for one in lost)
+      if lost and len(lost) == len(going):  # beside others it would be no faster without it
+        crew.stop(training)
 
-  def _report(self, one: _Running) -> bool:
+  def _report(self, one: _Trial) -> bool:
     """Whether a trial had new epochs; one told twice is what it was."""
     split, _, metric = self.metric.partition("/")
     known = self._epochs.get(one.trial.number, -1)
@@ -223,21 +220,18 @@ class Search:
     return bool(new)
 
   def _end(self, queue, training, ended, interrupted: bool) -> None:
-    ones = [one for one in self._running if one.training == training]
-    self._running = [one for one in self._running if one.training != training]
+    ones = self._trials.pop(training)
     for one in ones:
       pruned, beside = one.trial.number in self._pruned, len(ones) > 1
       if beside and ended.code > 0 and not pruned and not interrupted:
-        # one of them spoilt it, perhaps: alone, each has the end that is its own
-        run = self.run(space.changed(self.config, one.values))
-        self._wait([_Trial(one.trial, one.values, one.path, run)])
+        self._wait([one])  # one of them spoilt it: alone, each has the end that is its own
       else:
-        self._end_one(queue, one, ended, interrupted, beside)
+        self._end_one(queue, one, training, ended, interrupted, pruned)
     if len(ones) > 1:
       shutil.rmtree(training.path, ignore_errors=True)
 
-  def _end_one(self, queue, one: _Running, ended, interrupted: bool, beside: bool) -> None:
-    training, pruned = one.training, one.trial.number in self._pruned
+  def _end_one(self, queue, one: _Trial, training, ended, interrupted, pruned) -> None:
+    beside = training.path != one.path  # the others went on when it was pruned
     if ended.code == 0 and not (pruned and beside):
       self._report(one)
       done = json.loads((one.path / "done.json").read_text(encoding="utf-8"))
@@ -262,7 +256,7 @@ class Search:
       if not isinstance(error, types.UsageError):
         self._bug = error
     values = ", ".join(f"{name}={value}" for name, value in one.values.items())
-    tqdm.tqdm.write(f"trial {int(one.path.name)} ({values}): {told}", file=sys.stdout)
+    tqdm.tqdm.write(f"trial {one.root} ({values}): {told}", file=sys.stdout)
 
   def _show(self, queue, bar) -> None:
     found = trials.told(queue.trials()).values()
