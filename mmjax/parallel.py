@@ -131,6 +131,40 @@ def jit(function: Callable, mesh: Mesh | None, **options) -> Callable:
   return jax.jit(function, **placed, **options)
 
 
+class Program:
+  """`jit` of a function of arguments of always the same shapes, consuming the first two.
+
+  Arrays that the function closes over, as missing rates, are arguments of what is compiled: one
+  program in the persistent cache serves all their values.
+  """
+
+  def __init__(self, function: Callable, mesh: Mesh | None):
+    self._function, self._mesh = function, mesh
+    self._constants, self._jitted = None, None
+
+  def __call__(self, *args: Any) -> Any:
+    self._trace(args)
+    return self._jitted(*args, self._constants)
+
+  def lower(self, *args: Any) -> jax.stages.Lowered:
+    """As that of `jax.jit`; what it compiles takes one argument more, a list of arrays."""
+    self._trace(args)
+    return self._jitted.lower(*args, self._constants)
+
+  def _trace(self, args):
+    if self._jitted is not None:
+      return
+    traced, shapes = jax.make_jaxpr(self._function, return_shape=True)(*args)
+
+    def run(*args):
+      *args, constants = args
+      found = jax.core.eval_jaxpr(traced.jaxpr, constants, *jax.tree.leaves(args))
+      return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+    self._constants = replicate(traced.consts, self._mesh)
+    self._jitted = jit(run, self._mesh, donate_argnums=(0, 1))
+
+
 def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Callable:
   """The function on each device's own rows, in a loss of `share`; elsewhere the function itself.
 

@@ -206,7 +206,7 @@ def make_program(
     join = lambda *parts: jnp.stack(parts).reshape(-1, *parts[0].shape[1:])  # noqa: E731
     return advance(state, sums, jax.tree.map(join, *drawn), key)
 
-  return parallel.jit(jax.vmap(one) if together else one, mesh, donate_argnums=(0, 1))
+  return parallel.Program(jax.vmap(one) if together else one, mesh)
 
 
 class _Steps:

@@ -120,8 +120,9 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
     if encoder is not None:
       encoder.check(spec)
     module = network.clone(num_outputs=spec.num_classes or 1)
-    example = types.example_batch(spec)
-    variables = dict(jax.jit(lambda key: module.init(key, example, **told(True)))(key))
+    # of shapes, nothing is computed: neither run nor compiled
+    example = jax.eval_shape(lambda: types.example_batch(spec))
+    variables = dict(module.lazy_init(key, example, **told(True)))
     params = variables.pop("params")
     if variables.keys() != set(collections):
       raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")
