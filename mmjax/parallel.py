@@ -125,6 +125,15 @@ def share(loss: Callable, mesh: Mesh | None) -> Callable:
   return shared
 
 
+def gather(tree: Any) -> Any:
+  """In a loss of `share`: arrays [B, ...] of which each device has its rows, whole on all of them.
+
+  Between what reads row by row and what reads the batch: one exchange, not one for each statistic.
+  """
+  mesh = _MESH.get()
+  return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def jit(function: Callable, mesh: Mesh | None, **options) -> Callable:
   """`jax.jit`, for several devices with results that each of them holds."""
   placed = {} if mesh is None else {"out_shardings": replicated(mesh)}

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, registry, types
+from mmjax import layers, parallel, registry, types
 
 # What networks compute in, see `in_precision`.
 PRECISIONS = ("float32", "bfloat16")
@@ -91,7 +91,7 @@ class Model(NamedTuple):
 
     def loss(params, batch, key, extra):
       out, extra = self.apply(params, batch, extra, key, train=True)
-      return of(out, batch, extra)
+      return of(*parallel.gather((out, batch)), extra)
 
     return loss
 
