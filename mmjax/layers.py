@@ -482,7 +482,7 @@ def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> 
 
     def run(params, rates, keys, args, first=first):
       module = first.clone(parent=None, name=None, **rates)
-      return module.apply({"params": params}, *args, rngs={"dropout": key for key in keys})
+      return module.apply({"params": params}, *args, rngs={"dropout": keys[0]} if keys else {})
 
     every = [towers[n].variables["params"] for n in group], [inputs[n] for n in group]
     params, args = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in every)
