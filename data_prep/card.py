@@ -1,8 +1,8 @@
 """The dataset card: what a converted dataset holds, as numbers and as text."""
 
 import collections
-import hashlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,33 +11,29 @@ from mmjax import check, data, padding
 
 
 def make_card(
-  checked: check.Checked, pickle: pathlib.Path, dataset: str, file_format: str
+  checked: check.Checked, paths: Sequence[pathlib.Path], dataset: str, file_format: str
 ) -> dict[str, Any]:
   """The statistics of a dataset, as JSON values.
 
   Args:
     checked: its clean arrays.
-    pickle: the file that they come from.
+    paths: the files that they come from.
     dataset: its name.
     file_format: how it is stored.
 
   Returns:
     Rows, fields, lengths, label histogram, the training mean and standard deviation of audio's
     and vision's channels over the valid steps (none where there are no such steps), the largest
-    token id, replaced values, rows that were padded in front, notes, shared videos, the file.
+    token id, replaced values, rows that were padded in front, notes, shared videos, the files.
   """
   arrays = checked.arrays
   train = arrays["train"]
   valid = {split: data.valid_steps(fields) for split, fields in arrays.items()}
-  digest = hashlib.sha256()
-  with pickle.open("rb") as file:
-    while block := file.read(1 << 20):
-      digest.update(block)
   return {
     "dataset": dataset,
     "file_format": file_format,
-    "pickle": pickle.name,
-    "sha256": digest.hexdigest(),
+    "pickle": ", ".join(path.name for path in paths),
+    "sha256": data.digest(paths),
     "rows": {split: len(fields["id"]) for split, fields in arrays.items()},
     "fields": {
       key: {"shape": list(value.shape[1:]), "dtype": _dtype(value)} for key, value in train.items()
@@ -49,6 +45,7 @@ def make_card(
     },
     "labels": {
       split: {key: _histogram(fields[key]) for key in check.LABELS if key in fields}
+      | {k: _histogram(fields[k].nonzero()[1]) for k in (check.BINARY,) if k in fields}  # each yes
       for split, fields in arrays.items()
     },
     "standardize": {

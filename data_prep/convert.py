@@ -1,36 +1,41 @@
-"""Converts a feature pickle in the MMSA layout to TFRecords.
+"""Converts feature files in the MMSA layout to TFRecords.
 
-python -m data_prep.convert --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data
+mmjax-prepare --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data
+mmjax-prepare --pickle=train.npz,valid.npz,test.npz --dataset=mosi --data_dir=data
+
+In the repository `python -m data_prep.convert` is the same. It needs TensorFlow (extra `data`).
+MulT's files are read too: their `labels` [N, 1, 1], and of IEMOCAP [N, 4, 2] or [N, 4].
 """
 
+import argparse
 import json
 import os
 import pathlib
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from mmjax import check, data, files
 
-from data_prep import builder, card, check
-from mmjax import data
+from . import builder, card
 
 
 def convert(
-  pickle: str | os.PathLike,
+  pickle: files.Path | Sequence[files.Path],
   dataset: str,
   data_dir: str | os.PathLike,
   *,
   file_format: str = "tfrecord",
   overwrite: bool = False,
 ) -> pathlib.Path:
-  """Checks a pickle and stores it as a dataset with its card.
+  """Checks feature files and stores it as a dataset with its card.
 
   The dataset is written aside and gets its name when it is whole, so an interrupted
   conversion leaves nothing that looks complete, and an old dataset stays until then.
 
   Args:
-    pickle: the file.
+    pickle: the file, or several that are put together, see `mmjax.files`.
     dataset: name of the dataset; mosi, mosei, sims, simsv2 and iemocap bring their labels' range.
     data_dir: folder of the datasets.
     file_format: "tfrecord" or "array_record".
@@ -40,9 +45,11 @@ def convert(
     The dataset's folder, data_dir/dataset/version.
 
   Raises:
-    data.DataError: if the file has a fault, or the dataset exists and may not be replaced.
+    data.DataError: if the file has a fault, the dataset exists and may not be replaced, or
+      TensorFlow is missing.
   """
-  pickle, data_dir = pathlib.Path(pickle), pathlib.Path(data_dir)
+  paths = [pickle] if isinstance(pickle, str | os.PathLike) else list(pickle)
+  paths, data_dir = [pathlib.Path(path) for path in paths], pathlib.Path(data_dir)
   if not re.fullmatch(r"[a-z][a-z0-9_]*", dataset):
     raise data.DataError(f"dataset {dataset!r}: expected small letters, digits and underscores.")
   if file_format not in builder.FILE_FORMATS:
@@ -50,8 +57,11 @@ def convert(
   final = data_dir / dataset / builder.VERSION
   if data.is_complete(final) and not overwrite:
     raise data.DataError(f"{final} exists already; --overwrite replaces it.")
-  checked = check.read(pickle, dataset)
-  statistics = card.make_card(checked, pickle, dataset, file_format)
+  data.import_tfds()  # what is missing is told before anything is read
+  found = files.read(paths)
+  checked = check.check(found.content, found.name, dataset, own=True)
+  checked.notes[:0] = found.notes
+  statistics = card.make_card(checked, paths, dataset, file_format)
   draft = data_dir / f".incomplete-{dataset}"
   shutil.rmtree(draft, ignore_errors=True)  # of a conversion that was interrupted
   draft.mkdir(parents=True)
@@ -65,28 +75,26 @@ def convert(
   return final
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  values = flags.FLAGS
+def main():
+  """The binary."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  text = "The feature file (.pkl, .npz, .safetensors), or several."
+  add("--pickle", type=lambda text: text.split(","), required=True, help=text)
+  add("--dataset", required=True, help="Name of the dataset: mosi, mosei, sims …")
+  add("--data_dir", default="data", help="Folder of the datasets; data if unset.")
+  add("--file_format", default="tfrecord", choices=builder.FILE_FORMATS, help="How to store it.")
+  add("--overwrite", action="store_true", help="Replace a dataset of that name.")
+  given = parser.parse_args()
   try:
-    folder = convert(
-      values.pickle,
-      values.dataset,
-      values.data_dir,
-      file_format=values.file_format,
-      overwrite=values.overwrite,
-    )
+    folder = convert(**vars(given))
   except data.DataError as error:
     sys.exit(f"error: {error}")
-  print(card.to_text(data.read_card(values.data_dir, values.dataset)))
+  print(card.to_text(data.read_card(given.data_dir, given.dataset)))
   print(f"Written to {folder}.")
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("pickle", None, "The feature file.", required=True)
-  flags.DEFINE_string("dataset", None, "Name of the dataset: mosi, mosei, sims …", required=True)
-  flags.DEFINE_string("data_dir", "data", "Folder of the datasets.")
-  flags.DEFINE_enum("file_format", "tfrecord", builder.FILE_FORMATS, "How to store it.")
-  flags.DEFINE_bool("overwrite", False, "Replace a dataset of that name.")
-  app.run(main)
+  main()

@@ -1,5 +1,7 @@
 """Ablations: one system with named sets of config changes, as Tables 4-7 of the LNLN paper.
 
+With --protocol=hrlf --model=hrlf --ablation=components: Table 3 of the HRLF paper.
+
 python -m experiments.ablate --model=lnln --ablation=components --dataset=mosi --data_dir=data \\
     --out=runs/ablation
 
@@ -14,9 +16,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, protocol, settings
-from experiments.configs import common
 from mmjax import types
+
+from . import cli, protocol, settings
 
 _FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
@@ -33,7 +35,7 @@ def changes_of(
   model: str, ablations: Sequence[str], changes: Sequence[str]
 ) -> dict[str, Mapping[str, Any]]:
   """Name -> config entries of each changed line."""
-  known: dict[str, Any] = common.ABLATIONS | getattr(settings.module_of(model), "ABLATIONS", {})
+  known = protocol.ablations(model)
   if ablations:
     cli.some_of("ablation", ablations, list(known))
   found = {name: change for ablation in ablations for name, change in known[ablation].items()}
@@ -57,7 +59,7 @@ def main():
     f"{model} {name}": change
     for name, change in changes_of(model, _ABLATION.value, _CHANGE.value).items()
   }
-  asked = protocol.Protocol(_FLAGS, [model])
+  asked = protocol.Asked(_FLAGS, [model])
   variants = [asked.variant(name, model, change) for name, change in changes.items()]
   asked.run("ablate", variants, baseline=model)
 

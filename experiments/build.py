@@ -1,7 +1,6 @@
 """From a config to everything that a run needs; nothing here writes a file."""
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,21 +9,24 @@ import jax
 import numpy as np
 import optax
 
-from experiments import settings, workdir
 from mmjax import (
   conversations,
   data,
   evaluate,
   masking,
   metrics,
+  models,
   optim,
   registry,
+  runs,
   sources,
   stream,
   systems,
   train,
   types,
 )
+
+from . import settings
 
 Config = settings.Config
 Path = str | os.PathLike
@@ -57,30 +59,13 @@ def load_data(config: Config, data_dir: Path) -> data.Dataset:
 
 
 def _call(section: str, name: str, factory: Callable[..., Any], /, *args, **given) -> Any:
-  """A factory's result; settings that it refuses are the user's to mend."""
-  taken = settings.takes(section, factory)
-  if taken is not None:
-    for setting in given:
-      if setting not in taken:
-        raise types.UsageError(
-          f"{section} {name!r} takes no {setting!r}{registry.nearest(setting, taken)}; it takes"
-          f" {', '.join(taken)}."
-        )
-    lacking = [n for n, v in taken.items() if v is inspect.Parameter.empty and n not in given]
-    if lacking:
-      raise types.UsageError(f"{section} {name!r} needs config.{section}.{lacking[0]}.")
-  try:
-    return factory(*args, **given)
-  except types.UsageError:
-    raise
-  except ValueError as error:
-    raise types.UsageError(f"{section} {name!r}: {error}") from error
+  """`registry.call` of a section of the config."""
+  return registry.call(section, name, factory, settings.takes(section, factory), *args, **given)
 
 
 def make_system(config: Config) -> types.System:
   """The model that `config.model` names, in the precision of `config.train`."""
-  given = settings.plain(config.model)
-  made = _call("model", given.pop("name"), settings.factory(config, "model"), **given)
+  made = models.make(**settings.plain(config.model))
   return systems.in_precision(made, config.train.get("precision", systems.PRECISIONS[0]))
 
 
@@ -103,20 +88,29 @@ def _mask(given: dict[str, Any], rated: bool) -> types.MaskFn:
   return masking.compose([mask, masking.drop(removed)]) if removed else mask
 
 
-def _test_settings(config) -> dict[str, Any]:
+def test_settings(config: Config) -> dict[str, Any]:
+  """The mask's settings in validation and testing, where entries of `config.valid` hold."""
   taken = settings.takes("mask", settings.factory(config, "mask"))
   own = {k: v for k, v in settings.plain(config.valid).items() if taken is None or k in taken}
   return settings.plain(config.mask) | own
 
 
-def test_mask(config: Config) -> Callable[..., types.MaskFn]:
-  """`rate -> MaskFn` in validation and testing, where entries of `config.valid` hold."""
-  given = _test_settings(config)
-  if not takes_rate(config):
+def test_mask(
+  config: Config, other: Mapping[str, Any] | None = None
+) -> Callable[..., types.MaskFn]:
+  """`rate -> MaskFn` in validation and testing.
+
+  Args:
+    config: of the run; the modalities that its model never sees are missing in any case.
+    other: settings of another mask than the config's `test_settings`.
+  """
+  given = dict(other or test_settings(config))
+  given["drop"] = settings.plain(config.mask.get("drop", ()))
+  if not masking.takes_rate(registry.lookup("mask", masking.MASKS, given["name"])):
     raise types.UsageError(
-      f"mask {config.mask.name!r} takes no rate, and cannot be tested at several: name another one."
+      f"mask {given['name']!r} takes no rate, and cannot be tested at several: name another one."
     )
-  _mask(dict(given), True)  # what it refuses is told before any work
+  _mask({"rate": 0.0, **given}, True)  # what it refuses is told before any work
 
   def mask(rate):
     return _mask({**given, "rate": rate}, True)
@@ -126,7 +120,7 @@ def test_mask(config: Config) -> Callable[..., types.MaskFn]:
 
 def valid_condition(config: Config) -> evaluate.Condition:
   """The missing data of validation: the training's, but for the entries of `config.valid`."""
-  given = _test_settings(config)
+  given = test_settings(config)
   if not takes_rate(config):
     return evaluate.Condition("mask", config.mask.name, lambda: _mask(dict(given), False), {})
   rate = given["rate"]
@@ -196,6 +190,13 @@ def is_oracle(config: Config) -> bool:
   return config.train.select.startswith("test/")
 
 
+def selection(config: Config, spec: types.Spec) -> str:
+  """What picked the epoch, as every row of a table says: "valid/mae at rate 0.5"."""
+  condition = valid_condition(config)
+  oracle = " (TEST ORACLE: each metric its own epoch)" if is_oracle(config) else ""
+  return f"{select(config, spec)[0]} at {condition.kind} {condition.name}{oracle}"
+
+
 def make_run(config: Config, dataset: data.Dataset) -> Run:
   """Sets a training run up.
 
@@ -254,15 +255,21 @@ def outputs(run: Run) -> list[str]:
 
 def describe(config: Config, data_dir: Path) -> dict[str, Any]:
   """What a run is asked for, as its folder records it."""
-  sha256 = data.read_card(str(data_dir), config.data.name)["sha256"]
+  sha256 = data.sha256(str(data_dir), config.data.name)
   return {"config": settings.plain(config), "data": sha256}
+
+
+def reading(run: Run) -> runs.Reading:
+  """What the folder of a run keeps, to predict without the data."""
+  model, drop = settings.plain(run.config.model), run.config.mask.get("drop", ())
+  return runs.reading_of(run.dataset, model, drop, run.recipe.select)
 
 
 def read_best(run: Run, path: Path) -> dict[str, train.Best]:
   """The epochs that a run in its folder has selected so far, by the entry of `Recipe.select`."""
   params, extra = jax.eval_shape(lambda: run.recipe.system.init(run.key, run.dataset.spec))
   best = train.Best(np.float32(0), np.int32(0), params, extra)
-  return workdir.read_best(path, dict.fromkeys(run.recipe.select, best))
+  return runs.read_best(path, dict.fromkeys(run.recipe.select, best))
 
 
 def load_run(path: Path, data_dir: Path | None = None) -> tuple[Run, dict[str, train.Best]]:
@@ -275,7 +282,7 @@ def load_run(path: Path, data_dir: Path | None = None) -> tuple[Run, dict[str, t
   Returns:
     The run and `read_best` of it.
   """
-  found = workdir.read_config(path)
+  found = runs.read_config(path)
   config = settings.from_json(found["run"]["config"])
   run = make_run(config, load_data(config, data_dir or found["data_dir"]))
   return run, read_best(run, path)

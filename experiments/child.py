@@ -25,7 +25,7 @@ class Ended(NamedTuple):
 
 
 class Child:
-  """`python -m experiments.train --workdir=FOLDER`.
+  """`python -m experiments.train --workdir=FOLDER`, under the name that this package has.
 
   Args:
     path: the run's folder.
@@ -41,7 +41,8 @@ class Child:
     )
     self._texts = (output, errors)
     read, self._write = os.pipe()
-    command = [sys.executable, "-m", "experiments.train", f"--workdir={path}", f"--parent={read}"]
+    module = f"{__package__}.train"
+    command = [sys.executable, "-m", module, f"--workdir={path}", f"--parent={read}"]
     # a session of its own: a Ctrl-C reaches it through us, once
     self._process = subprocess.Popen(
       command, stdout=output, stderr=errors, text=True, start_new_session=True, pass_fds=(read,)

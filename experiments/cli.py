@@ -1,6 +1,8 @@
 """What all binaries share: their flags, `--help`, and `error: …` for what a user can mend."""
 
 import functools
+import os
+import re
 import shlex
 import sys
 import textwrap
@@ -10,12 +12,25 @@ from typing import Any
 from absl import flags, logging
 from absl.testing import flagsaver
 
-from experiments import settings
 from mmjax import registry, types
+
+from . import settings
 
 METHOD_HELP = "Training method: orig, spl, m3s, or your own package.module:attribute."
 RATE_HELP = "Missing rate in training and validation: one, or LOW,HIGH, as 0.4,0.6."
 SEEDS_HELP = "How many, `5` for 0-4, or which, `1111,1112`; a single one is `1111,`."
+
+
+def told(text: str) -> str:
+  """A text that names binaries, `python -m experiments.train`: installed, that is `mmjax-train`."""
+  if __package__ == "experiments":  # in the repository
+    return text
+
+  def command(found: re.Match[str]) -> str:
+    name = "prepare" if found[1] == "convert" else found[1].replace("_", "-")
+    return f"mmjax-{name}"
+
+  return re.sub(r"python -m (?:experiments|data_prep)\.(\w+)", command, text)
 
 
 def binary(flag_values: flags.FlagValues, doc: str | None, *, required: Sequence[str] = ()):
@@ -40,17 +55,19 @@ def binary(flag_values: flags.FlagValues, doc: str | None, *, required: Sequence
     @functools.wraps(main)
     def call(argv: Sequence[str] | None = None) -> None:
       saved = flagsaver.save_flag_values(flag_values)
+      if argv is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # of package.module:attribute, as with `python -m`
       try:
         _parse(flag_values, list(sys.argv[1:] if argv is None else argv))
         if flag_values["help"].value:
-          print(_help(flag_values, doc or "", required))
+          print(told(_help(flag_values, doc or "", required)))
           return
         for name in required:
           if flag_values[name].value in (None, [], ""):
             raise types.UsageError(f"--{name} is missing: {flag_values[name].help}")
         main()
       except types.UsageError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(f"error: {error}"))
       except KeyboardInterrupt:
         print("Aborted.", file=sys.stderr)
         sys.exit(130)

@@ -5,8 +5,9 @@ python -m experiments.compare --config=self_mm:sims --data_dir=data --out=runs/s
 
 Trains every (missing rate, method, seed) that is not finished yet and evaluates the epoch that
 is best on validation. Both rates may be given several times. Writes comparison.{csv,md,tex}
-(mean ± std, difference to ORIG, p-values, the paper's values), robustness.* (test rates 0-0.9)
-and epochs_{valid,test}.png (metrics against the epoch).
+(mean ± std, difference to ORIG, p-values raw and Holm-corrected, the paper's values),
+robustness.* (test rates 0-0.9), missing_data.* (what exactly was missing) and
+epochs_{valid,test}.png (metrics against the epoch).
 """
 
 import itertools
@@ -16,9 +17,10 @@ from collections.abc import Sequence
 import pandas as pd
 from absl import flags
 
-from experiments import build, cli, engines, processes, settings, study
-from experiments.report import methods, rates
-from mmjax import evaluate, meta, types
+from mmjax import evaluate, masking, meta, types
+
+from . import build, cli, engines, processes, settings, study
+from .report import constant, methods, rates
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -40,13 +42,7 @@ _TEST_RATE = flags.DEFINE_multi_string(
 )
 _SEEDS = flags.DEFINE_string("seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
 _MASK_SEEDS = flags.DEFINE_string("mask_seeds", "3", cli.SEEDS_HELP, flag_values=_FLAGS)
-_SCHEDULE = flags.DEFINE_enum(
-  "schedule",
-  "auto",
-  study.SCHEDULES,
-  "All seeds of a method as one program, or a process per run; auto: together on accelerators.",
-  flag_values=_FLAGS,
-)
+study.define_schedule(_FLAGS)
 engines.define(_FLAGS)
 
 FEW = 5  # runs, below which a p-value says little
@@ -90,7 +86,8 @@ def main():
   asked = _TEST_RATE.value or list(dict.fromkeys(trained))
   tested = [rate for text in asked if (rate := cli.rate("test_rate", text))]
 
-  def conditions(mask):
+  def conditions(config):
+    mask = build.test_mask(config)
     own = [evaluate.rate_condition(*rate, mask=mask) for rate in tested]
     names = [condition.name for condition in own]
     curve = evaluate.parse_rates("0:0.9:0.1", mask=mask)
@@ -100,11 +97,16 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
-  runs.train(_SCHEDULE.value, engine)
+  runs.train(str(_FLAGS["schedule"].value), engine)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
+  for variant in {variant.columns["missing_rate"]: variant for variant in variants}.values():
+    same = constant.rows(runs.dataset(variant), conditions(variant.config), column="method")
+    rows += [{"missing_rate": variant.columns["missing_rate"], **row} for row in same]
   out, titles = pathlib.Path(_OUT.value), [variant.columns["method"] for variant in variants]
-  by = ("missing_rate", "method", "kind", "condition")
-  rates.write(rows, out, by=by, lines="method")
+  by = ("missing_rate", "method", "split", "selection", "kind", "condition")
+  test = build.test_settings(variants[0].config)
+  rates.write(rows, out, by=by, lines="method", quantity=masking.quantity(test["name"]))
+  rates.missing(runs.missing(conditions, mask_seeds), out, [test])
   rates.epochs(runs.epochs(), out)
   config = variants[0].config
   methods.comparison(

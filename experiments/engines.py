@@ -14,8 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import child, processes
 from mmjax import types
+
+from . import child, processes
 
 NAMES = ("processes", "ray")
 RETRIES = 20  # of a training whose node dies

@@ -8,9 +8,10 @@ import pathlib
 
 from absl import flags
 
-from experiments import build, cli, processes, settings, workdir
-from experiments.report import rates
-from mmjax import evaluate
+from mmjax import evaluate, masking, runs
+
+from . import build, cli, processes, samples, settings, workdir
+from .report import rates
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a training run.", flag_values=_FLAGS)
@@ -32,12 +33,21 @@ _OUT = flags.DEFINE_string(
   "out", None, "Output folder; WORKDIR/robustness by default.", flag_values=_FLAGS
 )
 
+_PREDICTIONS = flags.DEFINE_string(
+  "predictions",
+  None,
+  "Also keep what is predicted of each sample, condition and mask seed: a .csv or .npz.",
+  flag_values=_FLAGS,
+)
+
 
 @cli.binary(_FLAGS, __doc__, required=["workdir"])
 def main():
   processes.cores_as_devices()
+  if _PREDICTIONS.value:
+    samples.check("predictions", _PREDICTIONS.value, [".csv", ".npz"])
   mask_seeds = cli.seeds("mask_seeds", _MASK_SEEDS.value)
-  config = settings.from_json(workdir.read_config(_WORKDIR.value)["run"]["config"])
+  config = settings.from_json(runs.read_config(_WORKDIR.value)["run"]["config"])
   if _MASK.value:
     settings.switch(config, "mask", _MASK.value)
   mask = build.test_mask(config)
@@ -55,10 +65,25 @@ def main():
     cli.note(f"TEST ORACLE: the epoch was picked by {run.recipe.select[0]}; this is no estimate.")
   split = getattr(run.dataset, _SPLIT.value)
   split = split.read() if hasattr(split, "read") else split  # a stream's
-  rows = evaluate.robustness(
-    run.recipe.system, best.params, best.extra, split, run.dataset.spec, conditions, mask_seeds
+  grid = evaluate.make_grid(run.recipe.system, split, conditions, mask_seeds)
+  predictions = grid(best.params, best.extra)
+  if _PREDICTIONS.value:
+    ids, classes = run.dataset.ids[_SPLIT.value], build.reading(run).classes
+    args = (predictions, conditions, mask_seeds, ids, split.label, classes)
+    samples.write_grid(_PREDICTIONS.value, *args)
+    print(f"Predictions: {_PREDICTIONS.value}")
+  rows = evaluate.score(run.dataset.spec, predictions, split.label, conditions, mask_seeds)
+  selection = build.selection(run.config, run.dataset.spec)
+  told = {"split": _SPLIT.value, "selection": selection}
+  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness")
+  test = build.test_settings(config)
+  rates.write(
+    [{**told, **row} for row in rows],
+    out,
+    by=("split", "selection", "kind", "condition"),
+    quantity=masking.quantity(test["name"]),
   )
-  rates.write(rows, pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "robustness"))
+  rates.missing(evaluate.count_missing(split, conditions, mask_seeds), out, [test])
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, settings, workdir
 from mmjax import checkpoint, models, torch_import, train
+
+from . import build, cli, settings, workdir
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -61,14 +62,12 @@ def main():
   cli.change(config, {}, cli.entries(_SET.value))
   run, found = import_state(config, state, _DATA_DIR.value)
   asked = {**build.describe(config, _DATA_DIR.value), "imported": path.name}
-  folder = workdir.Workdir(_OUT.value, asked, _DATA_DIR.value)
+  folder = workdir.Workdir(_OUT.value, asked, _DATA_DIR.value, build.reading(run))
   best = train.Best(np.float32(0), np.int32(0), found["params"], found["extra"])
   checkpoint.save(folder.checkpoints, 0, {"best": dict.fromkeys(run.recipe.select, best)})
   folder.close()
-  print(
-    f"{len(state)} tensors of {path}. Next:\n"
-    f"  python -m experiments.evaluate --workdir={_OUT.value}"
-  )
+  print(f"{len(state)} tensors of {path}. Next:")
+  print(cli.told(f"  python -m experiments.evaluate --workdir={_OUT.value}"))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import jax
 import tqdm
 
-from experiments import build, interrupts, workdir
 from mmjax import checkpoint, parallel, sources, train, types
+
+from . import build, interrupts, workdir
 
 COMPILING = "compiling, kept for next time"
 
@@ -48,6 +49,7 @@ def execute(
   *,
   checkpoint_every: float = 60.0,
   should_stop: Callable[[], bool] = lambda: False,
+  tracker: str = "tensorboard",
 ) -> train.Progress:
   """Trains a run to its end in its folder, from wherever the folder stands, on all devices.
 
@@ -59,12 +61,13 @@ def execute(
     data_dir: where its data lie.
     checkpoint_every: seconds between two checkpoints, at least.
     should_stop: asked between stretches of steps; True saves and raises `Interrupted`.
+    tracker: where the epochs' numbers go too, see `trackers`.
 
   Returns:
     The final progress; `.best` holds what was selected.
 
   Raises:
-    WorkdirError: if the folder cannot serve the run.
+    RunError: if the folder cannot serve the run.
     NonFiniteLoss: from the trainer; the folder is closed.
   """
   dataset, rows = run.dataset, sources.as_source(run.dataset.train).rows
@@ -72,7 +75,7 @@ def execute(
   workdir.check(path, asked)
   recipe = recipe._replace(mesh=parallel.make_mesh(min(recipe.batch_size, rows)))
   progress = train.start(recipe, dataset.train, dataset.spec, run.key)
-  folder = workdir.Workdir(path, asked, data_dir)
+  folder = workdir.Workdir(path, asked, data_dir, build.reading(run), tracker)
   try:
     progress = folder.restore(progress) or progress
     bar, clock = make_bar(recipe.epochs, int(progress.epoch)), _Clock(checkpoint_every)
@@ -136,7 +139,7 @@ def execute_together(
     raise types.UsageError("runs that train together cannot stream: set --schedule=processes.")
   progresses = [train.start(recipe, dataset.train, dataset.spec, run.key) for run in runs]
   folders = [
-    workdir.Workdir(path, build.describe(run.config, data_dir), data_dir)
+    workdir.Workdir(path, build.describe(run.config, data_dir), data_dir, build.reading(run))
     for run, path in zip(runs, paths, strict=True)
   ]
   checkpoints = checkpoint.manager(common)

@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 import jax
 import tqdm
 
-from experiments import child, interrupts, loop, workdir
 from mmjax import types
+
+from . import child, interrupts, loop, workdir
 
 STATUS_S = 30.0  # between two lines that say where the trainings are, without a terminal
 

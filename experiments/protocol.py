@@ -1,7 +1,8 @@
-"""The LNLN paper's protocol: variants of systems under the very same missing data, one report.
+"""Variants of systems under the very same missing data, and one report of them.
 
 Shared by `robustness` (many systems) and `ablate` (one system with changes): their flags, the
-configs that these make, and the way from a study's results to the report.
+configs that these and a protocol (`protocols.PROTOCOLS`) make, and the way from a study's results
+to the report.
 """
 
 import pathlib
@@ -13,49 +14,48 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import build, cli, engines, processes, settings, study
-from experiments.report import page
 from mmjax import data, evaluate, masking, registry, types
 
-MISSING = ("l", "a", "v", "la", "lv", "av")
-CONDITIONS = ("rates", "modalities")
+from . import build, cli, engines, processes, protocols, settings, study
+from .configs import common
+from .report import constant, page, predictions
+
 SELECTIONS = ("validation", "test_oracle")
-# What the published protocol sets, where no flag says otherwise.
-DEFAULTS = {"method.name": "spl", "mask.name": "bernoulli", "mask.rate": (0.0, 1.0)}
-COMPLETE_SHARE = 0.5
-VALID_RATE = "0.5"
 
 
 def define(flag_values: flags.FlagValues) -> None:
-  """Defines the flags that both binaries have."""
+  """Defines the flags that both binaries have; what is unset is the protocol's."""
   string = lambda *a: flags.DEFINE_string(*a, flag_values=flag_values)  # noqa: E731
+  string("protocol", "lnln", f"Whose missing data: {', '.join(protocols.PROTOCOLS)}.")
   string("dataset", "mosi", "Name of the converted dataset.")
   string("data_dir", "data", "Folder of the converted datasets.")
   string("out", "", "Folder of the runs and of the report.")
-  string("method", None, f"{cli.METHOD_HELP} Of all; spl if unset.")
-  string("missing_rate", None, "Missing rate in training, one or LOW,HIGH; 0,1 if unset.")
-  string("valid_rate", VALID_RATE, "Missing rate at which epochs are selected, one or LOW,HIGH.")
-  string("mask", None, f"Kind of missing data, {', '.join(masking.MASKS)}; bernoulli if unset.")
+  string("method", None, f"{cli.METHOD_HELP} Of all; the protocol's if unset.")
+  string("missing_rate", None, "Missing rate in training, one or LOW,HIGH.")
+  string("valid_rate", None, "Missing rate at which epochs are selected, one or LOW,HIGH.")
+  string("mask", None, f"Kind of missing data in training: {', '.join(masking.MASKS)}.")
   flags.DEFINE_float(
     "complete_share",
     None,
-    f"Share of complete samples in training, per modality; {COMPLETE_SHARE} of bernoulli if unset.",
+    "Share of complete samples in training, per modality, of masks that have one.",
     lower_bound=0.0,
     upper_bound=1.0,
     flag_values=flag_values,
   )
-  string("seeds", "1111,1112,1113", cli.SEEDS_HELP)
-  string("mask_seeds", "3", f"Test masks per run. {cli.SEEDS_HELP}")
+  string("seeds", None, cli.SEEDS_HELP)
+  string("mask_seeds", None, f"Test masks per run. {cli.SEEDS_HELP}")
   flags.DEFINE_list(
     "conditions",
-    list(CONDITIONS),
-    "What to evaluate: rates, modalities or both.",
+    None,
+    "What to evaluate, as rates or modalities; all that the protocol has if unset.",
     flag_values=flag_values,
   )
-  string("shown", "0,0.5,0.9", "Rates whose predictions are drawn.")
+  string("baseline", None, "System with which the others are compared by t-tests.")
+  string("shown", None, "Rates whose predictions and representations are drawn.")
   string(
     "feature", "feature", "Which output of the models the 2-D view shows, `corrected` of LNLN."
   )
+  string("view", None, f"How the 2-D view is made: {', '.join(predictions.VIEWS)}.")
   flags.DEFINE_enum(
     "selection",
     None,
@@ -69,10 +69,16 @@ def define(flag_values: flags.FlagValues) -> None:
     "Config entry of all variants, train.epochs=9, or of a model's, lnln/train.epochs=9;"
     " --config.train.epochs=9 is the same.",
   )
+  study.define_schedule(flag_values)
   engines.define(flag_values)
 
 
-class Protocol:
+def ablations(model: str) -> dict[str, Any]:
+  """Name -> line -> config entries: the sets of changes that a model has."""
+  return common.ABLATIONS | getattr(settings.module_of(model), "ABLATIONS", {})
+
+
+class Asked:
   """What the flags ask for, checked.
 
   Args:
@@ -82,13 +88,21 @@ class Protocol:
 
   def __init__(self, flag_values: flags.FlagValues, models: Sequence[str]):
     self._value: dict[str, Any] = {name: flag_values[name].value for name in flag_values}
+    self.protocol: protocols.Protocol = protocols.PROTOCOLS[
+      cli.some_of("protocol", [self._value["protocol"]], list(protocols.PROTOCOLS))[0]
+    ]
+    for name in ("seeds", "mask_seeds", "shown", "view"):
+      if self._value[name] is None:
+        self._value[name] = getattr(self.protocol, name)
     self.dataset, self.data_dir = self._value["dataset"], self._value["data_dir"]
     self.out = pathlib.Path(self._value["out"])
     self.seeds = cli.seeds("seeds", self._value["seeds"])
     self.mask_seeds = cli.seeds("mask_seeds", self._value["mask_seeds"])
-    self._asked = cli.some_of("conditions", self._value["conditions"], CONDITIONS)
+    groups = list(self.protocol.tests)
+    asked = self._value["conditions"]
+    self._asked = cli.some_of("conditions", groups if asked is None else asked, groups)
+    cli.some_of("view", [self._value["view"]], list(predictions.VIEWS))
     self._engine = engines.make(flag_values)
-    self._valid_rate = cli.rate("valid_rate", self._value["valid_rate"])
     for text in self._value["set"]:
       model, separator, _ = settings.parse(text)[0].partition("/")
       if separator and model not in models:
@@ -99,21 +113,21 @@ class Protocol:
     """A line of the tables: the config of a model with changes of its own, by dotted name."""
     config, value = settings.load(model, self.dataset), self._value
     config.train.log_test = True
-    settings.assign_all(config, DEFAULTS)
     short = {
       "method.name": value["method"],
       "mask.name": value["mask"],
       "mask.rate": cli.rate("missing_rate", value["missing_rate"]),
       "mask.complete_share": value["complete_share"],
     }
-    settings.assign_all(config, {k: v for k, v in short.items() if v is not None})
-    taken = settings.takes("mask", settings.factory(config, "mask"))
-    if value["complete_share"] is None and taken is not None and "complete_share" in taken:
-      settings.assign(config, "mask.complete_share", COMPLETE_SHARE)
-    config.valid.rate = self._valid_rate
+    short = {entry: given for entry, given in short.items() if given is not None}
+    own = {**self.protocol.entries, **self.protocol.datasets.get(self.dataset, {})}
+    names = {entry: given for entry, given in {**own, **short}.items() if entry.endswith(".name")}
+    settings.assign_all(config, names)
+    settings.assign_all(config, {k: v for k, v in own.items() if self._serves(config, k)})
+    settings.assign_all(config, short)
+    self._set_valid_rate(config)
     if value["selection"] == "test_oracle":
-      metric = "f1" if config.data.task == "classification" else "mae"
-      short["train.select"] = f"test/{metric}"
+      short["train.select"] = "test/mae" if config.data.task == "regression" else "test/f1"
     sets = dict(settings.parse(text.removeprefix(f"{model}/")) for text in value["set"])
     cli.change(config, short, {k: v for k, v in sets.items() if "/" not in k})
     try:
@@ -122,11 +136,28 @@ class Protocol:
       raise types.UsageError(f"{name}: {error}") from None
     return study.Variant(name, config, {"model": name}, name.replace("/", ""))
 
-  def conditions(self, mask) -> list[evaluate.Condition]:
-    """The missing data of the tests."""
-    found = evaluate.parse_rates("0:0.9:0.1", mask=mask) if "rates" in self._asked else []
-    if "modalities" in self._asked:
-      found += [evaluate.missing_condition(letters, mask=mask) for letters in MISSING]
+  def _serves(self, config, entry: str) -> bool:
+    """Whether a config takes an entry of the protocol: another mask may have been asked for."""
+    section, _, setting = entry.partition(".")
+    if section not in settings.REGISTRIES:
+      return True
+    taken = settings.takes(section, settings.factory(config, section))
+    return setting != "name" and (taken is None or setting in taken)
+
+  def _set_valid_rate(self, config) -> None:
+    given, own = self._value["valid_rate"], self.protocol.valid_rate
+    if given is not None:
+      settings.assign(config, "valid.rate", cli.rate("valid_rate", given))
+    elif own is not None and build.takes_rate(config):
+      config.valid.rate = cli.rate("valid_rate", own)
+
+  def conditions(self, config: settings.Config) -> list[evaluate.Condition]:
+    """The missing data of the tests; groups with the same mask are one family."""
+    made, found = {}, []
+    for tests in (self.protocol.tests[name] for name in self._asked):
+      key = str(tests.mask)
+      made[key] = made.get(key) or tests.factory(config)
+      found += tests.conditions(made[key])
     return found
 
   def run(self, binary: str, variants: Sequence[study.Variant], baseline: str | None = None):
@@ -135,45 +166,59 @@ class Protocol:
     Args:
       binary: name of the calling binary.
       variants: the tables' lines.
-      baseline: the variant that the others are compared with, if any.
+      baseline: the variant that the others are compared with, if `--baseline` names none.
     """
     processes.cores_as_devices()
+    baseline, names = self._value["baseline"] or baseline, [variant.name for variant in variants]
+    if baseline is not None:
+      cli.some_of("baseline", [baseline], names)
     runs = study.Study(variants, self.seeds, self.data_dir, self.out / "runs")
-    shown = self._value["shown"]
-    evaluate.parse_rates(shown)  # before any work
+    rated = self.protocol.tests.get("rates") or next(iter(self.protocol.tests.values()))
+    evaluate.parse_rates(self._value["shown"])  # before any work
     runs.check(self.conditions)
     for variant in variants:
+      evaluate.parse_rates(self._value["shown"], mask=rated.factory(variant.config))
       self._check_feature(runs.run(variant, self.seeds[0]), variant)
-    runs.train("processes", self._engine)
+    runs.train(self._value["schedule"], self._engine)
     results = page.Results([], {}, {}, {})
     for one in runs.evaluate(self.conditions, self.mask_seeds, swapped=True):
       results.rows.extend(one.rows)
       results.seconds[one.variant.name] = one.seconds
       if one.seed == self.seeds[0]:
-        mask = build.test_mask(one.run.config)
-        tested = evaluate.parse_rates(shown, mask=mask)
-        for kept, output in (
-          (results.shown, "prediction"),
-          (results.features, self._value["feature"]),
-        ):
-          grid = evaluate.make_grid(
-            one.run.recipe.system, one.run.dataset.test, tested, [0], output=output
-          )
-          values = np.asarray(grid(one.best.params, one.best.extra))[:, 0]
-          if output != "prediction":
-            values = values.reshape(*values.shape[:2], -1)
-          names = [condition.name for condition in tested]
-          kept[one.variant.name] = dict(zip(names, values, strict=True))
-    dataset = runs.dataset(variants[0])
+        self._draw(results, one, rated)
+    dataset, config = runs.dataset(variants[0]), variants[0].config
+    tested, told = self.conditions(config), protocols.describe(self.protocol, self._asked, config)
+    results.rows.extend(constant.rows(dataset, tested, column="model", swapped=True))
     page.write(
       results,
       np.asarray(dataset.test.label),
       dataset.spec,
       self.out,
-      self._words(binary, variants[0].config),
+      self._words(binary, config, told),
       dataset=self.dataset,
+      quantity=masking.quantity(rated.settings(config)["name"]),
+      missing=runs.missing(self.conditions, self.mask_seeds),
+      protocol=self.protocol,
+      paper=None if self.protocol.paper is None else self.protocol.paper(config),
+      view=self._value["view"],
       baseline=baseline,
     )
+
+  def _draw(self, results: page.Results, one: study.Evaluated, rated: protocols.Tests) -> None:
+    """Keeps a run's predictions and representations at the rates that are drawn."""
+    tested = evaluate.parse_rates(self._value["shown"], mask=rated.factory(one.run.config))
+    for kept, output in (
+      (results.shown, "prediction"),
+      (results.features, self._value["feature"]),
+    ):
+      grid = evaluate.make_grid(
+        one.run.recipe.system, one.run.dataset.test, tested, [0], output=output
+      )
+      values = np.asarray(grid(one.best.params, one.best.extra))[:, 0]
+      if output != "prediction":
+        values = values.reshape(*values.shape[:2], -1)
+      names = [condition.name for condition in tested]
+      kept[one.variant.name] = dict(zip(names, values, strict=True))
 
   def _check_feature(self, run: build.Run, variant: study.Variant) -> None:
     name, outputs = self._value["feature"], build.outputs(run)
@@ -183,15 +228,22 @@ class Protocol:
         f"--feature: {variant.name} has no output {name!r}{near}; it has {', '.join(outputs)}."
       )
 
-  def _words(self, binary: str, config: settings.Config) -> dict[str, str]:
-    sha256 = data.read_card(self.data_dir, self.dataset)["sha256"]
-    rate = cli.rate_text(settings.plain(config.mask.get("rate", ())))
+  def _words(self, binary: str, config: settings.Config, told: dict[str, str]) -> dict[str, str]:
+    sha256 = data.sha256(self.data_dir, self.dataset)
+    mask = settings.plain(config.mask)
+    rate = f", missing rate {cli.rate_text(mask['rate'])}" if "rate" in mask else ""
+    valid = build.valid_condition(config)
     seeds = ", ".join(str(seed) for seed in self.seeds)
+    mask = {k: v for k, v in mask.items() if k != "drop"}
     return {
-      "command": shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]]),
-      "training": f"{build.title(config)}, missing rate {rate}, {config.mask.name} masks, seeds"
-      f" {seeds}",
-      "selection": page.selection_in_words(build.is_oracle(config), self._value["valid_rate"]),
+      "command": cli.told(shlex.join(["python", "-m", f"experiments.{binary}", *sys.argv[1:]])),
+      "protocol": self.protocol.title,
+      "training": f"{build.title(config)}{rate}, {config.mask.name} masks, seeds {seeds}",
+      "missing in training": f"{masking.describe(**mask)}",
+      "selection": page.selection_in_words(
+        build.is_oracle(config), f"{valid.kind.replace('rate', 'missing rate')} {valid.name}"
+      ),
       "test": f"{len(self.mask_seeds)} masks per run and condition, the same for all variants",
+      **{f"missing in testing, {name}": text for name, text in told.items()},
       "data": f"{self.dataset}, SHA-256 {sha256}",
     }

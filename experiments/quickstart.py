@@ -2,8 +2,8 @@
 
 python -m experiments.quickstart
 
-Writes an MMSA pickle of synthetic data, converts it, trains MISA with ORIG, SPL-TRN and
-M³S at a missing rate of 0.4-0.6, and compares the three at every missing rate.
+Writes an MMSA pickle of synthetic data, trains MISA with ORIG, SPL-TRN and M³S at a missing rate
+of 0.4-0.6, and compares the three at every missing rate.
 """
 
 import pathlib
@@ -13,26 +13,27 @@ from typing import Any
 
 from absl import flags
 
-from data_prep import convert
-from experiments import build, cli, interrupts, loop, settings
-from experiments.report import rates
 from mmjax import evaluate, meta, synthetic
+
+from . import build, cli, interrupts, loop, settings
+from .report import rates
 
 _FLAGS = flags.FlagValues()
 _OUT = flags.DEFINE_string("out", "runs/quickstart", "Output folder.", flag_values=_FLAGS)
 _EPOCHS = flags.DEFINE_integer(
   "epochs", None, "Epochs of each training.", lower_bound=1, flag_values=_FLAGS
 )
+NEXT = """Next, with a feature pickle of your own as data/mosi.pkl:
+  python -m experiments.train --config=misa:mosi --data_dir=data --workdir=runs/misa-m3s \\
+      --method=m3s --missing_rate=0.4,0.6
+  python -m experiments.evaluate --workdir=runs/misa-m3s"""
 
 
 def prepare(out: pathlib.Path) -> None:
-  """Writes the synthetic pickle and converts it, unless that was done before."""
-  out.mkdir(parents=True, exist_ok=True)
-  pickle = out / "synthetic.pkl"
+  """Writes the synthetic pickle, unless that was done before."""
+  pickle = out / "data" / "synthetic.pkl"
   if not pickle.exists():
     synthetic.write_pickle(pickle, synthetic.make_arrays(seed=0))
-  if not (out / "data" / "synthetic").exists():
-    convert.convert(pickle, "synthetic", out / "data")
 
 
 def train_and_test(config: settings.Config, out: pathlib.Path, watch: interrupts.Watch):
@@ -75,15 +76,9 @@ def main():
   print()
   table = rates.write(rows, out, by=("method", "kind", "condition"), lines="method")
   mean: Any = table.groupby("method", sort=False)["mae"].mean()
-  print(
-    "\nMAE averaged over all missing rates: "
-    + ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
-    + f".\nDone in {time.monotonic() - began:.0f} s. Next, with a feature pickle of your own:\n"
-    "  python -m data_prep.convert --pickle=unaligned_50.pkl --dataset=mosi --data_dir=data\n"
-    "  python -m experiments.train --config=misa:mosi --data_dir=data --workdir=runs/misa-m3s \\\n"
-    "      --method=m3s --missing_rate=0.4,0.6\n"
-    "  python -m experiments.evaluate --workdir=runs/misa-m3s"
-  )
+  means = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
+  print(f"\nMAE averaged over all missing rates: {means}.")
+  print(f"Done in {time.monotonic() - began:.0f} s. {cli.told(NEXT)}")
 
 
 if __name__ == "__main__":

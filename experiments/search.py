@@ -14,8 +14,9 @@ import pandas as pd
 import tqdm
 from optuna.trial import TrialState
 
-from experiments import build, interrupts, processes, settings, space, study, trials, workdir
 from mmjax import metrics, plots, types
+
+from . import build, cli, interrupts, processes, settings, space, study, trials, workdir
 
 LOOK_S = 0.5  # between two looks at the logs of the trials, or for a next trial
 
@@ -198,7 +199,8 @@ class Search:
     text = (
       f'"""The best of {len(trials.told(found.trials))} trials, {trials.root(best)}:'
       f" {self.metric} = {best.value:.4f}.\n\n"
-      f'python -m experiments.train --config={self.root / "best.py"} --workdir=…\n"""\n\n'
+      + cli.told(f"python -m experiments.train --config={self.root / 'best.py'} --workdir=…")
+      + '\n"""\n\n'
       "import ml_collections\n\n"
       f"CONFIG = {pprint.pformat(config, width=88, sort_dicts=False)}\n\n\n"
       f"def get_config(dataset={config['data']['name']!r}):\n"

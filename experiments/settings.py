@@ -52,7 +52,7 @@ def module_of(name: str) -> python_types.ModuleType:
       f" {', '.join(names())}, or a file FILE.py."
     )
   if path.resolve().parent == CONFIGS.resolve():
-    return importlib.import_module(f"experiments.configs.{path.stem}")
+    return importlib.import_module(f"{__package__}.configs.{path.stem}")
   return read_module(path)
 
 

@@ -7,13 +7,15 @@ SPACE = {
 }
 """
 
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from optuna import distributions
 
-from experiments import build, settings
 from mmjax import types
+
+from . import build, settings
 
 Space = Mapping[str, distributions.BaseDistribution]
 EXAMPLE = "optuna.distributions, such as FloatDistribution(1e-5, 1e-2, log=True)"
@@ -29,18 +31,21 @@ FIXED = {
 }
 
 
+SPACES = pathlib.Path(__file__).with_name("spaces")
+
+
 def load(path: str) -> Space:
-  """The `SPACE` of a Python file.
+  """The `SPACE` of a Python file, or of one that comes with the project, as "m3s".
 
   Raises:
     UsageError: if there is none, or it is no dict of distributions.
   """
-  if not path.endswith(".py"):
-    raise types.UsageError(f"--space={path}: expected a Python file, SPACE.py.")
+  file = pathlib.Path(path) if path.endswith(".py") else SPACES / f"{path}.py"
   try:
-    found = getattr(settings.read_module(path), "SPACE", None)
+    found = getattr(settings.read_module(file), "SPACE", None)
   except FileNotFoundError:
-    raise types.UsageError(f"--space={path}: there is no such file.") from None
+    own = ", ".join(sorted(f.stem for f in SPACES.glob("[!_]*.py")))
+    raise types.UsageError(f"--space={path}: expected a file SPACE.py, or one of {own}.") from None
   if not isinstance(found, Mapping) or not found:
     raise types.UsageError(f"--space={path}: expected SPACE = {{config entry: distribution}}.")
   for name, one in found.items():

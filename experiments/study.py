@@ -15,13 +15,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
+from absl import flags
 
-from experiments import build, interrupts, loop, processes, settings, workdir
 from mmjax import data, evaluate, metrics, train, types
 
+from . import build, interrupts, loop, processes, settings, workdir
+
 SCHEDULES = ("auto", "together", "processes")
-# `rate -> MaskFn` -> conditions of that mask
-Conditions = Callable[[Callable[..., types.MaskFn]], list[evaluate.Condition]]
+# the test conditions of a config; they hang on its mask alone
+Conditions = Callable[[settings.Config], list[evaluate.Condition]]
+
+
+def define_schedule(flag_values: flags.FlagValues) -> None:
+  """Defines the flag of a binary that trains by `Study.train`."""
+  flags.DEFINE_enum(
+    "schedule",
+    "auto",
+    SCHEDULES,
+    "All seeds of a line as one program, or a process per run; auto: together on accelerators.",
+    flag_values=flag_values,
+  )
 
 
 class Variant(NamedTuple):
@@ -47,8 +60,8 @@ class Evaluated(NamedTuple):
     variant, seed: which one.
     run: it.
     best: its selected epoch; an oracle's by its first metric.
-    rows: per condition and mask seed: the variant's columns, "seed", "kind", "condition",
-      "mask_seed" and the metrics.
+    rows: per condition and mask seed: the variant's columns, "split", "selection" (what picked
+      the epoch), "seed", "kind", "condition", "mask_seed" and the metrics.
     seconds: of the last evaluation of the whole grid.
   """
 
@@ -107,7 +120,7 @@ class Study:
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
       raise types.UsageError(f"{', '.join(sorted(twice))}: there is more than one of this name.")
     for variant in self.variants:
-      conditions(build.test_mask(variant.config))
+      conditions(variant.config)
       runs = [self.run(variant, seed) for seed in self.seeds]
       for run, seed in zip(runs, self.seeds, strict=True):
         workdir.check(self.path(variant, seed), build.describe(run.config, self.data_dir))
@@ -171,7 +184,7 @@ class Study:
     Variants of the same model and mask share one compiled grid.
 
     Args:
-      conditions: of a mask factory.
+      conditions: of a config.
       mask_seeds: test masks of each run.
       swapped: also the F1 with swapped arguments, see `metrics.sentiment`.
     """
@@ -182,7 +195,7 @@ class Study:
     )
     with bar:
       for variant in self.variants:
-        tested = conditions(build.test_mask(variant.config))
+        tested = conditions(variant.config)
         for seed in self.seeds:
           run = self.run(variant, seed)
           parts = (run.config[name] for name in ("model", "data", "mask", "valid"))
@@ -201,7 +214,7 @@ class Study:
       predictions[name] = np.asarray(grid(best.params, best.extra))
       seconds = time.perf_counter() - began
     spec, label = run.dataset.spec, run.dataset.test.label
-    rows = []
+    selection, rows = build.selection(run.config, spec), []
     for (c, condition), (s, mask_seed) in itertools.product(
       enumerate(tested), enumerate(mask_seeds)
     ):
@@ -212,9 +225,24 @@ class Study:
       # an oracle's metrics are each of its own epoch
       names = [name.partition("/")[2] for name in predictions]
       own = {name: one[name] for name, one in zip(names, found, strict=True)}
-      told = {"seed": seed, "kind": condition.kind, "condition": condition.name}
+      told = {"split": "test", "selection": selection}
+      told |= {"seed": seed, "kind": condition.kind, "condition": condition.name}
       rows.append({**variant.columns, **told, "mask_seed": mask_seed, **found[0], **own})
     return Evaluated(variant, seed, run, selected[run.recipe.select[0]], rows, seconds)
+
+  def missing(self, conditions: Conditions, mask_seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What the tests hide, counted (`evaluate.count_missing`), for each set of variants alike."""
+    groups: dict[str, list[Variant]] = {}
+    for variant in self.variants:
+      parts = (settings.plain(variant.config[name]) for name in ("data", "mask", "valid"))
+      groups.setdefault(json.dumps([*parts], sort_keys=True), []).append(variant)
+    rows = []
+    for group in groups.values():
+      tested, test = conditions(group[0].config), self.dataset(group[0]).test
+      names = ", ".join(variant.name for variant in group) if len(groups) > 1 else "all"
+      counted = evaluate.count_missing(test, tested, mask_seeds)
+      rows += [{"tests of": names, "masks": len(mask_seeds), **row} for row in counted]
+    return rows
 
   def epochs(self) -> list[dict[str, Any]]:
     """Rows of every run, epoch and split in the logs, with its metrics and "train_loss"."""

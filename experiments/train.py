@@ -14,8 +14,9 @@ import sys
 import jax
 from absl import flags
 
-from experiments import build, child, cli, interrupts, loop, settings, workdir
-from mmjax import checkpoint, train, types
+from mmjax import checkpoint, runs, train, types
+
+from . import build, child, cli, interrupts, loop, settings, trackers, workdir
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -32,6 +33,13 @@ _SEED = flags.DEFINE_integer(
 )
 _CHECKPOINT_EVERY = flags.DEFINE_float(
   "checkpoint_every", 60.0, "Seconds between two checkpoints, at least.", flag_values=_FLAGS
+)
+_TRACKER = flags.DEFINE_enum(
+  "tracker",
+  "tensorboard",
+  list(trackers.TRACKERS),
+  "Where the epochs' numbers go besides the log; WANDB_MODE=offline and MLFLOW_TRACKING_URI count.",
+  flag_values=_FLAGS,
 )
 _DISTRIBUTED = flags.DEFINE_string(
   "distributed",
@@ -70,8 +78,8 @@ def read() -> tuple[settings.Config, str]:
     config, data_dir = settings.load(_CONFIG.value), "data"
   else:
     try:
-      found = workdir.read_config(_WORKDIR.value)
-    except workdir.WorkdirError as error:
+      found = runs.read_config(_WORKDIR.value)
+    except runs.RunError as error:
       raise types.UsageError(f"--config is missing, as misa:mosi; {error}") from None
     config, data_dir = settings.from_json(found["run"]["config"]), found["data_dir"]
   short = {
@@ -84,6 +92,7 @@ def read() -> tuple[settings.Config, str]:
 
 @cli.binary(_FLAGS, __doc__, required=["workdir"])
 def main():
+  trackers.check(_TRACKER.value)
   if _PARENT.value is not None:
     child.end_with(_PARENT.value)
     workdir.wait(_WORKDIR.value, LEFT_S)
@@ -98,6 +107,7 @@ def main():
         data_dir,
         checkpoint_every=_CHECKPOINT_EVERY.value,
         should_stop=lambda: watch.signal is not None,
+        tracker=_TRACKER.value,
       )
     except interrupts.Interrupted:
       print(f"Interrupted; saved in {_WORKDIR.value}. The same command goes on from there.")
@@ -109,7 +119,7 @@ def main():
       )
       sys.exit(f"Stopped: {error} Checkpoints are in {_WORKDIR.value}/checkpoints; {where}.")
   print(f"{workdir.told(progress.best)}. Next:")
-  print(f"  python -m experiments.evaluate --workdir={_WORKDIR.value}")
+  print(cli.told(f"  python -m experiments.evaluate --workdir={_WORKDIR.value}"))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import optuna
 from optuna import distributions
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments import settings
 from mmjax import types
+
+from . import settings
 
 RETRIES = 4  # of a trial whose workers die: it may be what kills them
 CREATE = 5  # tries to reach the database

@@ -16,8 +16,9 @@ import sys
 
 from absl import flags
 
-from experiments import cli, engines, interrupts, settings
 from mmjax import types
+
+from . import cli, engines, interrupts, settings
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -30,7 +31,7 @@ _MISSING_RATE = flags.DEFINE_string("missing_rate", None, cli.RATE_HELP, flag_va
 _SPACE = flags.DEFINE_string(
   "space",
   "",
-  "Python file with SPACE = {config entry: distribution of Optuna's}.",
+  "Python file with SPACE = {config entry: distribution of Optuna's}, or m3s.",
   flag_values=_FLAGS,
 )
 _TRIALS = flags.DEFINE_integer(
@@ -70,7 +71,7 @@ def main():
   import jax
   import optuna
 
-  from experiments import search, space, trials
+  from . import search, space, trials
 
   jax.config.update("jax_platforms", "cpu")  # here; accelerators are the trainings'
   optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -110,7 +111,7 @@ def main():
     raise types.UsageError(f"no trial came to its end; see {out / 'trials.csv'}.")
   told = ", ".join(f"{name}={value}" for name, value in best.params.items())
   print(f"Best of {_TRIALS.value} trials: {asked.metric} = {best.value:.4f} with {told}. Next:")
-  print(f"  python -m experiments.train --config={out / 'best.py'} --workdir=…")
+  print(cli.told(f"  python -m experiments.train --config={out / 'best.py'} --workdir=…"))
 
 
 if __name__ == "__main__":

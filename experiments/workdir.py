@@ -1,9 +1,10 @@
 """The folder of one training run: what it was asked for, its log, its checkpoints.
 
 config.json     the whole run: config, SHA-256 of the data, library versions, format of the folder
+spec.json       what `mmjax.load` must know of the data
 metrics.jsonl   one line per epoch
 done.json       the selected epochs and their scores, once the training is over
-tensorboard/    the same numbers as TensorBoard events
+tensorboard/    the same numbers as TensorBoard events, unless another tracker gets them
 checkpoints/    the newest states (orbax), numbered by optimizer step
 lock            held by the process that trains; the system lets go of it when that ends
 """
@@ -19,43 +20,14 @@ import uuid
 from typing import Any
 
 import jax
-import tensorboardX
 
-from experiments import settings
-from mmjax import checkpoint, train, types
+from mmjax import checkpoint, runs, train
 
-FORMAT = 2
+from . import settings, trackers
+
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Path = str | os.PathLike
-
-
-class WorkdirError(types.UsageError):
-  """The folder cannot serve this run."""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-  """What the run in a folder was asked for ("run": "config", "data"), with what, on which data.
-
-  Raises:
-    WorkdirError: if there is no run, or one of an older format.
-  """
-  file = pathlib.Path(path) / "config.json"
-  try:
-    found = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise WorkdirError(
-      f"{file} does not exist: {path} holds no training run. Train one with"
-      " `python -m experiments.train --workdir=…`."
-    ) from None
-  except json.JSONDecodeError as error:
-    raise WorkdirError(f"{file} is damaged ({error}); delete {path}.") from None
-  if found.get("format") != FORMAT:
-    raise WorkdirError(
-      f"{path} was written in an older format (1, this is {FORMAT}): choose another folder or"
-      " train it again."
-    )
-  return found
 
 
 def history(path: Path) -> list[dict[str, Any]]:
@@ -75,27 +47,6 @@ def is_done(path: Path) -> bool:
   return (pathlib.Path(path) / "done.json").exists()
 
 
-def read_best(path: Path, template: dict[str, train.Best]) -> dict[str, train.Best]:
-  """The selected epochs in the newest checkpoint of a run; a training there is not disturbed.
-
-  Args:
-    path: the run's folder.
-    template: entries of `Recipe.select` -> shapes of a `train.Best`.
-
-  Raises:
-    WorkdirError: if there is no checkpoint yet.
-  """
-  folder = pathlib.Path(path) / "checkpoints"
-  found = None
-  if folder.exists():
-    checkpoints = checkpoint.manager(folder)
-    found = checkpoint.restore(checkpoints, {"best": template}, partial=True)
-    checkpoints.close()
-  if found is None:
-    raise WorkdirError(f"{path} holds no checkpoint yet.")
-  return found["best"]
-
-
 def told(best: dict[str, train.Best]) -> str:
   """The selected epochs in words."""
   words = [
@@ -108,15 +59,15 @@ def told(best: dict[str, train.Best]) -> str:
 
 
 def check(path: Path, asked: dict[str, Any]) -> None:
-  """Raises a `WorkdirError` unless a folder could serve what is asked for; writes nothing."""
+  """Raises a `runs.RunError` unless a folder could serve what is asked for; writes nothing."""
   path = pathlib.Path(path)
   if not (path / "config.json").exists():
     if _has_begun(path):
-      raise WorkdirError(f"{path} holds a training without a config.json; choose another folder.")
+      raise runs.RunError(f"{path} holds a training without a config.json; choose another folder.")
     return
   try:
-    old = read_config(path)["run"]
-  except WorkdirError:
+    old = runs.read_config(path)["run"]
+  except runs.RunError:
     if _has_begun(path):
       raise
     return
@@ -127,7 +78,7 @@ def check(path: Path, asked: dict[str, Any]) -> None:
     if old.get(name) != new.get(name)
   ]
   if changed and _has_begun(path):
-    raise WorkdirError(
+    raise runs.RunError(
       f"{path} holds a run of another config; choose another --workdir or delete it:\n"
       + "\n".join(changed)
     )
@@ -140,9 +91,9 @@ def prepare(path: Path, asked: dict[str, Any], data_dir: Path) -> None:
   path.mkdir(parents=True, exist_ok=True)
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
   if (path / "config.json").exists() and _has_begun(path):
-    versions = read_config(path)["versions"]  # of what began it
+    versions = runs.read_config(path)["versions"]  # of what began it
   found = {
-    "format": FORMAT,
+    "format": runs.FORMAT,
     "run": _as_json(asked),
     "data_dir": str(pathlib.Path(data_dir).absolute()),
     "versions": versions,
@@ -158,21 +109,33 @@ class Workdir:
     asked: what the run is asked for, JSON values only. It must be the same on every call, until
       which a folder without a checkpoint and a log may be taken over.
     data_dir: where the datasets lie; it may change.
+    reading: what predictions need to know of the data, kept for `mmjax.load`.
+    tracker: where the numbers of epochs go too, a key of `trackers.TRACKERS`.
 
   Raises:
-    WorkdirError: if the folder belongs to a run that was asked for something else, or another
+    runs.RunError: if the folder belongs to a run that was asked for something else, or another
       process trains in it.
   """
 
-  def __init__(self, path: Path, asked: dict[str, Any], data_dir: Path):
+  def __init__(
+    self,
+    path: Path,
+    asked: dict[str, Any],
+    data_dir: Path,
+    reading: runs.Reading | None = None,
+    tracker: str = "tensorboard",
+  ):
     self.path = pathlib.Path(path)
     check(self.path, asked)
     self._lock = _lock(self.path) if _is_first() else None
     if _is_first():
       prepare(self.path, asked, data_dir)
+      if reading is not None:
+        runs.write_reading(self.path, reading)
     self.checkpoints = checkpoint.manager(self.path / "checkpoints")
     self._log = self.path / "metrics.jsonl"
-    self._events = None
+    self._config, self._make_tracker = asked.get("config", {}), trackers.TRACKERS[tracker]
+    self._tracker: trackers.Tracker | None = None
 
   def restore(self, template: train.Progress) -> train.Progress | None:
     """The newest saved progress, or None, to train on: see `rewind`."""
@@ -184,11 +147,10 @@ class Workdir:
     """Opens the log for the epoch `finished`: drops the lines of that one and of later ones."""
     if not _is_first():
       return
-    kept = [line for line in history(self.path) if line["epoch"] < finished]
+    told = history(self.path)
+    kept = [line for line in told if line["epoch"] < finished]
+    self._tracker = self._make_tracker(trackers.Story(self.path, self._config, finished, len(told)))
     write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept))
-    self._events = tensorboardX.SummaryWriter(
-      str(self.path / "tensorboard"), purge_step=finished, flush_secs=10
-    )
 
   def save(self, progress: train.Progress) -> None:
     """Saves the progress, unless that step is saved already."""
@@ -208,7 +170,7 @@ class Workdir:
     write_atomically(self.path / "done.json", json.dumps(found) + "\n")
 
   def log(self, report: train.EpochReport) -> None:
-    """Appends an epoch to the log and to the TensorBoard events."""
+    """Appends an epoch to the log and to the tracker."""
     if not _is_first():
       return
     parts = {"train": report.train, **report.evaluated}
@@ -220,15 +182,14 @@ class Workdir:
     }
     with self._log.open("a", encoding="utf-8") as log:
       log.write(json.dumps(line) + "\n")
-    if self._events is not None:
-      for part, metrics in parts.items():
-        for name, value in metrics.items():
-          self._events.add_scalar(f"{part}/{name}", value, report.epoch)
+    if self._tracker is not None:
+      values = {f"{part}/{k}": v for part, found in parts.items() for k, v in found.items()}
+      self._tracker.log(report.epoch, values)
 
   def close(self) -> None:
     """Flushes the events, ends pending writes and lets go of the folder."""
-    if self._events is not None:
-      self._events.close()
+    if self._tracker is not None:
+      self._tracker.close()
     self.checkpoints.close()
     if self._lock is not None:
       os.close(self._lock)
@@ -243,7 +204,7 @@ def _lock(path: pathlib.Path) -> int:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     os.close(lock)
-    raise WorkdirError(
+    raise runs.RunError(
       f"another process trains in {path}; wait for it, stop it, or choose another --workdir."
     ) from None
   return lock
@@ -253,7 +214,7 @@ def wait(path: Path, seconds: float) -> None:
   """Waits while another process trains in a folder, at most so long."""
   end = time.monotonic() + seconds
   while time.monotonic() < end:
-    with contextlib.suppress(WorkdirError):
+    with contextlib.suppress(runs.RunError):
       os.close(_lock(pathlib.Path(path)))
       return
     time.sleep(0.2)

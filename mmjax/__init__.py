@@ -1,7 +1,8 @@
 """mmjax: multimodal sentiment analysis when data is missing, in JAX.
 
 The flat names are what composing losses needs; the rest lives in the modules, which
-`mmjax.data`, `mmjax.train` and so on load when they are first named.
+`mmjax.data`, `mmjax.train` and so on load when they are first named. So do `mmjax.load`, a trained
+model out of its folder, and `mmjax.export`, which serves it.
 """
 
 import importlib as _importlib
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     conversations,
     data,
     evaluate,
+    files,
     losses,
     masking,
     meta,
@@ -37,12 +39,17 @@ if TYPE_CHECKING:
     models,
     optim,
     plots,
+    predict,
+    runs,
+    serving,
     synthetic,
     systems,
     tables,
     train,
     types,
   )
+  from mmjax.runs import load
+  from mmjax.serving import export
 
 __version__ = "0.2.0"
 
@@ -51,6 +58,7 @@ _MODULES = (
   "conversations",
   "data",
   "evaluate",
+  "files",
   "losses",
   "masking",
   "meta",
@@ -58,12 +66,17 @@ _MODULES = (
   "models",
   "optim",
   "plots",
+  "predict",
+  "runs",
+  "serving",
   "synthetic",
   "systems",
   "tables",
   "train",
   "types",
 )
+# Functions by the module that brings them.
+_FUNCTIONS = {"export": "serving", "load": "runs"}
 
 __all__ = [
   "MODALITIES",
@@ -83,7 +96,9 @@ __all__ = [
   "compose",
   "drop",
   "erase",
+  "export",
   "fixed_missing",
+  "load",
   "m3s",
   "observed",
   "random_drop",
@@ -95,6 +110,8 @@ __all__ = [
 def __getattr__(name: str):
   if name in _MODULES:
     return _importlib.import_module(f"mmjax.{name}")
+  if name in _FUNCTIONS:
+    return getattr(_importlib.import_module(f"mmjax.{_FUNCTIONS[name]}"), name)
   raise AttributeError(f"module 'mmjax' has no attribute {name!r}")
 
 

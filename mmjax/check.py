@@ -5,7 +5,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -28,11 +28,15 @@ RANKS = {
   "regression_labels_A": 1,
   "regression_labels_V": 1,
   "classification_labels": 1,
+  "binary_labels": 2,
   "annotations": 1,
 }
 STRINGS = ("id", "raw_text", "annotations")
 FEATURES = ("text", "audio", "vision")
 REGRESSION, CLASSES = LABELS = ("regression_labels", "classification_labels")
+BINARY = "binary_labels"  # [N, K] answers, 0 or 1, to K binary problems
+# of each a key is needed
+_GROUPS = (("audio",), ("vision",), ("text", "text_bert"), (*LABELS, BINARY))
 # What known datasets bring: the smallest and largest label, the number of classes.
 LABEL_RANGES = {
   "mosi": (-3.0, 3.0),
@@ -41,6 +45,8 @@ LABEL_RANGES = {
   "simsv2": (-1.0, 1.0),
 }
 NUM_CLASSES = {"iemocap": 4}
+# Names of binary problems, in the order in which MulT's files have them.
+PROBLEMS = {"iemocap": ("neutral", "happy", "sad", "angry")}
 
 
 class DataError(types.UsageError):
@@ -87,7 +93,8 @@ def check(
 
   Args:
     found: {split: {key: array or list}}. Labels may be [N, 1] or [N, 1, 1], classes one-hot [N, C],
-      ids tuples such as (video, start, end); MulT's `labels` stands for the labels.
+      ids tuples such as (video, start, end); MulT's `labels` stands for the labels, and may be the
+      answers to binary problems: [N, K], or one-hot [N, K, 2] of no and yes.
     path: the file (or what else names the data), for messages.
     dataset: its name; known ones bring the labels' range.
     task: "regression" or "classification", if it is known; what only the other needs is not noted.
@@ -104,6 +111,8 @@ def check(
   if not isinstance(found, Mapping):
     fail(path, found=f"a {type(found).__name__}", expected="a dictionary of splits")
   arrays, notes, left_out = {}, [], set()
+  if others := sorted(map(repr, found.keys() - set(SPLITS))):
+    notes.append(f"left out, not the splits train, valid and test: {', '.join(others)}")
   for split in SPLITS:
     if split not in found:
       fail(path, split, found=f"the splits {sorted(map(str, found))}", expected="this split too")
@@ -115,9 +124,10 @@ def check(
       found[split] = None  # each array is let go when its clean one is there
     _name_labels(fields, path, split, dataset, notes)
     left_out |= {str(key) for key in fields if key not in RANKS}
-    arrays[split] = _check_split(fields, path, split, notes)
+    arrays[split] = _clean(fields, _GROUPS, path, split, notes)
     _check_values(arrays[split], path, split, dataset, label_range)
   _check_across(arrays, path)
+  _add_classes(arrays, notes)
   if CLASSES in arrays["train"]:
     notes += _check_classes(arrays, path) if task != "regression" else []
   if left_out:
@@ -130,22 +140,62 @@ def check(
   return Checked(arrays, replaced, moved, list(dict.fromkeys(notes)), sorted(left_out))
 
 
+def check_inputs(
+  fields: Mapping[str, Any], path: str, split: str, lacking: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Checks the arrays of one split that is only to be predicted: labels are not read.
+
+  Args:
+    fields: {key: array or list}; they are not changed.
+    path: the file, for messages.
+    split: names the split in messages, and samples without ids.
+    lacking: modalities that need not be there.
+
+  Returns:
+    Clean arrays as `check` gives them, and notes.
+
+  Raises:
+    DataError: at the first fault.
+  """
+  notes: list[str] = []
+  known = {key: v for key, v in fields.items() if v is not None and key in RANKS}
+  known = {k: v for k, v in known.items() if k not in LABELS and not k.startswith(REGRESSION)}
+  needed = [group for group in _GROUPS[:3] if group[0] not in lacking]
+  clean = _clean(known, needed, path, split, notes)
+  _check_lengths(clean, path, split)
+  _replace(clean, split, False, notes)
+  _, more = padding.straighten(clean, split, False)
+  return clean, notes + more
+
+
+class Files(str):
+  """Names of several files, for messages; `came[split, key]` is the one that an array came from."""
+
+  came: Mapping[tuple[str, str], str]
+
+
 def fail(path, split=None, key=None, *, found, expected) -> NoReturn:
   """Raises the error of one fault."""
+  path = path.came.get((str(split), str(key)), path) if isinstance(path, Files) else path
   where = "".join(f", {kind} {name!r}" for kind, name in (("split", split), ("key", key)) if name)
   raise DataError(f"{path}{where}: found {found}, expected {expected}.")
 
 
 def _name_labels(fields, path, split, dataset, notes) -> None:
   """MulT's files call the labels `labels`."""
-  if "labels" in fields and not any(key in fields for key in LABELS):
+  if "labels" in fields and not any(key in fields for key in (*LABELS, BINARY)):
+    labels = _numbers(fields.pop("labels"), path, split, "labels")
     key = CLASSES if known(NUM_CLASSES, dataset) else REGRESSION
-    fields[key] = fields.pop("labels")
+    several = labels.ndim == 2 and np.isin(labels, (0, 1)).all() and (labels.sum(1) != 1).any()
+    if labels.ndim == 3 and labels.shape[2] == 2 or key == CLASSES and several:
+      key = BINARY
+    fields[key] = labels
     notes.append(f"'labels' were read as {key!r}")
 
 
-def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
-  for group in (("audio",), ("vision",), ("text", "text_bert"), LABELS):
+def _clean(fields, needed, path, split, notes) -> dict[str, np.ndarray]:
+  """The known fields as arrays of equally many rows; of each needed group one must be there."""
+  for group in needed:
     if not any(key in fields for key in group):
       keys = f"the keys {sorted(map(str, fields))}"
       fail(path, split, " or ".join(group), found=keys, expected="this key too")
@@ -158,10 +208,12 @@ def _check_split(fields, path, split, notes) -> dict[str, np.ndarray]:
       clean[key] = _texts(value, path, split, key)
     elif key in LABELS or key.startswith(REGRESSION):
       clean[key] = _labels(_numbers(value, path, split, key), path, split, key, notes)
+    elif key == BINARY:
+      clean[key] = _answers(_numbers(value, path, split, key), path, split)
     else:
       clean[key] = _shaped(_numbers(value, path, split, key), rank, path, split, key)
   if "id" not in clean:
-    named = [f"{split}_{row}" for row in range(len(clean["audio"]))]
+    named = [f"{split}_{row}" for row in range(len(next(iter(clean.values()))))]
     clean["id"] = _texts(named, path, split, "id")
     notes.append("there are no ids: samples are named by their split and row")
   rows = len(clean["id"])
@@ -241,6 +293,29 @@ def _labels(array, path, split, key, notes) -> np.ndarray:
   return array
 
 
+def _answers(array, path, split) -> np.ndarray:
+  """[N, K] answers to binary problems, 0 or 1."""
+  pairs = array.ndim == 3 and array.shape[2] == 2
+  if not np.isin(array, (0, 1)).all() or (pairs and (array.sum(2) != 1).any()):
+    expected = "answers 0 or 1, or rows (1, 0) for no and (0, 1) for yes"
+    fail(path, split, BINARY, found="other values", expected=expected)
+  array = array.argmax(2) if pairs else array
+  if array.ndim != 2 or array.shape[1] < 2:
+    expected = "[N, K] answers to at least two problems, or [N, K, 2] of no and yes"
+    fail(path, split, BINARY, found=f"shape {array.shape}", expected=expected)
+  return array.astype(np.int64)
+
+
+def _add_classes(arrays, notes) -> None:
+  """Where every sample has exactly one yes, binary problems are classes too."""
+  if CLASSES in arrays[SPLITS[0]] or BINARY not in arrays[SPLITS[0]]:
+    return
+  if all((fields[BINARY].sum(1) == 1).all() for fields in arrays.values()):
+    for fields in arrays.values():
+      fields[CLASSES] = fields[BINARY].argmax(1)
+    notes.append(f"{BINARY!r} have one yes in each row and were read as {CLASSES!r} too")
+
+
 def _at_fault(path, split, key, clean, wrong, expected) -> None:
   """Fails at the first row that is wrong."""
   if wrong.any():
@@ -253,15 +328,7 @@ def _check_values(clean, path, split, dataset, label_range) -> None:
   names, counts = np.unique(clean["id"].astype(str), return_counts=True)
   if (counts > 1).any():
     fail(path, split, "id", found=f"{str(names[counts > 1][0])!r} twice", expected="each id once")
-  if "text_bert" in clean:
-    _check_tokens(clean["text_bert"], path, split)
-  for m in ("audio", "vision"):
-    key, steps = f"{m}_lengths", clean[m].shape[1]
-    if key in clean:
-      lengths = clean[key]
-      right = (lengths >= 0) & (lengths <= steps) & (lengths == np.floor(lengths))
-      expected = f"whole numbers from 0 to {steps}, the steps of {m!r}"
-      _at_fault(path, split, key, clean, ~right, expected)
+  _check_lengths(clean, path, split)
   low, high = label_range or known(LABEL_RANGES, dataset) or (-np.inf, np.inf)
   classes = known(NUM_CLASSES, dataset)
   for key in clean:
@@ -277,6 +344,19 @@ def _check_values(clean, path, split, dataset, label_range) -> None:
     wrong = (values < 0) | (values != np.floor(values)) | (values >= (classes or np.inf))
     expected = f"whole classes from 0 to {classes - 1 if classes else 'C-1'}; renumber them"
     _at_fault(path, split, CLASSES, clean, wrong, expected)
+
+
+def _check_lengths(clean, path, split) -> None:
+  """Tokens, and the lengths of audio and vision."""
+  if "text_bert" in clean:
+    _check_tokens(clean["text_bert"], path, split)
+  for m in ("audio", "vision"):
+    key = f"{m}_lengths"
+    if key in clean and m in clean:
+      lengths, steps = clean[key], clean[m].shape[1]
+      right = (lengths >= 0) & (lengths <= steps) & (lengths == np.floor(lengths))
+      expected = f"whole numbers from 0 to {steps}, the steps of {m!r}"
+      _at_fault(path, split, key, clean, ~right, expected)
 
 
 def _check_tokens(tokens, path, split) -> None:

@@ -89,28 +89,40 @@ def group(dataset: data.Dataset) -> data.Dataset:
       " like video$_$3, video_3 or video[3].",
       stacklevel=2,
     )
-  speakers = sorted({name.speaker for name in known} - {""})
+  told = speakers(dataset.ids)
 
   def grouped(split):
     batch = getattr(dataset, split)
-    return batch._replace(info={**batch.info, **_columns(names[split], speakers)})
+    return batch._replace(info={**batch.info, **columns(names[split], told)})
 
   return dataset._replace(**{split: grouped(split) for split in SPLITS})
 
 
-def _columns(names: Sequence[Name | None], speakers: Sequence[str]) -> dict[str, np.ndarray]:
+def speakers(ids: Mapping[str, Sequence[str]]) -> list[str]:
+  """Who speaks in a dataset, by its ids; the column "speaker" is the place in this list."""
+  names = (parse(name) for split in ids.values() for name in split)
+  return sorted({name.speaker for name in names if name} - {""})
+
+
+def columns(names: Sequence[Name | None], speakers: Sequence[str]) -> dict[str, np.ndarray]:
+  """The columns that `group` adds to one split, [N] int32 each.
+
+  Args:
+    names: of its N rows; None: a conversation of its own.
+    speakers: of the dataset, see `speakers`.
+  """
   videos: dict[Any, list[int]] = {}
   for row, name in enumerate(names):
     videos.setdefault(row if name is None else name.video, []).append(row)
-  columns = {column: np.zeros(len(names), np.int32) for column in COLUMNS}
+  found = {column: np.zeros(len(names), np.int32) for column in COLUMNS}
   for number, rows in enumerate(videos.values()):
     rows = sorted(rows, key=lambda row: name.clip if (name := names[row]) else 0)
-    columns["conversation"][rows] = number
-    columns["turn"][rows] = np.arange(len(rows))
+    found["conversation"][rows] = number
+    found["turn"][rows] = np.arange(len(rows))
   for row, name in enumerate(names):
     if name and name.speaker:
-      columns["speaker"][row] = speakers.index(name.speaker)
-  return columns
+      found["speaker"][row] = speakers.index(name.speaker)
+  return found
 
 
 def is_grouped(split: types.Batch) -> bool:

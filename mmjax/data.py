@@ -3,31 +3,36 @@
 The MMSA layout is a dictionary per split with `id`, `text` [N, L, D], `text_bert` [N, 3, L]
 (ids, attention mask, segments), `audio` and `vision` [N, L, D], their `…_lengths` [N] where
 the data are not aligned, `regression_labels` and `classification_labels` [N].
-`python -m data_prep.convert` turns a pickle of it into TFRecords, which `load` reads. Both ways in
-pass the same check, see `check`.
+`load` finds a dataset by its name: a feature file NAME.pkl (`from_pickle`), or the TFRecords that
+`data_prep.convert` makes of one, which can be streamed and need TensorFlow (extra `data`). Every
+way in passes the same check, see `check`.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mmjax import check, padding, types
+from mmjax import check, files, padding, types
 from mmjax.check import LABEL_RANGES, SPLITS, DataError
 
 CARD = "card.json"  # the statistics beside a converted dataset
+FILES = (".pkl", ".npz", ".safetensors")  # feature files
 TEXTS = ("features", "tokens")
-TASKS = ("regression", "classification")
+TASKS = ("regression", "classification", "binary")
 STANDARDIZED = ("audio", "vision")
 
 Arrays = Mapping[str, Mapping[str, Any]]
+Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Dataset(NamedTuple):
@@ -39,6 +44,8 @@ class Dataset(NamedTuple):
     spec: its shapes and task.
     ids: the samples' names by split, in the order of the rows.
     name: the dataset's name.
+    moments: mean and deviation by which modalities were standardized, or nothing.
+    classes: names of the classes, where `annotations` have one for each; or nothing.
   """
 
   train: types.Batch
@@ -47,6 +54,8 @@ class Dataset(NamedTuple):
   spec: types.Spec
   ids: Mapping[str, list[str]]
   name: str
+  moments: Moments = MappingProxyType({})
+  classes: tuple[str, ...] = ()
 
 
 def take(batch: types.Batch, rows: Any) -> types.Batch:
@@ -81,7 +90,9 @@ def from_arrays(
     name: the dataset's name; known ones bring their label range.
     text: "features" reads `text`; "tokens" reads the ids of `text_bert`, for a model with a
       BERT.
-    task: "regression" reads `regression_labels`, "classification" `classification_labels`.
+    task: "regression" reads `regression_labels`, "classification" `classification_labels`; "binary"
+      asks of each class whether it is the sample's: it reads `binary_labels`, or the classes where
+      there are none (of IEMOCAP in the order of `check.PROBLEMS`).
     standardize: whether audio and vision are standardized by the mean and standard deviation of
       the training split's valid steps (padding stays 0). Text is not.
     label_range: smallest and largest label of the scale, if the name is not a known one; by
@@ -98,10 +109,46 @@ def from_arrays(
   Warns:
     UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
   """
+  found = files.Found(arrays, name, [])
+  return _checked(found, False, name, text, task, standardize, label_range)
+
+
+def from_pickle(
+  path: files.Path | Sequence[files.Path],
+  *,
+  name: str,
+  text: str = "features",
+  task: str = "regression",
+  standardize: bool = False,
+  label_range: tuple[float, float] | None = None,
+) -> Dataset:
+  """Reads feature files, safely (see `unpickle`), and makes a dataset of them.
+
+  Args:
+    path: a pickle, `.npz` or `.safetensors` in the MMSA layout, or several, see `files`.
+    name, text, task, standardize, label_range: see `from_arrays`.
+
+  Returns:
+    The dataset, as `from_arrays` makes it.
+
+  Raises:
+    DataError: if a file cannot be read, asks for more than arrays, or has a fault.
+
+  Warns:
+    UserWarning: of what was mended or looks wrong, with the split, key and number of rows.
+  """
+  paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+  found = files.read(paths)
+  return _checked(found, True, name, text, task, standardize, label_range)
+
+
+def _checked(found, own, name, text, task, standardize, label_range) -> Dataset:
   _check_options(text, task)
-  checked = check.check(arrays, name, name, task=task, label_range=label_range)
-  for note in checked.notes:
-    warnings.warn(f"{name}: {note}", stacklevel=2)
+  checked = check.check(
+    found.content, found.name, name, task=task, label_range=label_range, own=own
+  )
+  for note in (*found.notes, *checked.notes):
+    warnings.warn(f"{name}: {note}", stacklevel=3)
   return make_dataset(
     checked.arrays,
     name=name,
@@ -124,14 +171,25 @@ def make_dataset(
   """`from_arrays` of arrays that were checked, such as converted ones."""
   _check_options(text, task)
   splits = {split: make_split(arrays[split], f"{name}/{split}", text, task) for split in SPLITS}
-  if standardize:
-    found = _moments(splits["train"])
-    splits = {split: scale(batch, found) for split, batch in splits.items()}
+  moments = _moments(splits["train"]) if standardize else {}
+  splits = {split: scale(batch, moments) for split, batch in splits.items()}
   labels = np.concatenate([splits[split].label for split in SPLITS])
   largest = max(int(b.text.x.max()) for b in splits.values()) if text == "tokens" else None
   spec = make_spec(splits["train"], labels, name, task, label_range, largest)
   ids = {split: [str(i) for i in arrays[split]["id"]] for split in SPLITS}
-  return Dataset(**splits, spec=spec, ids=ids, name=name)
+  classes = _class_names(arrays) if task == "classification" else ()
+  return Dataset(**splits, spec=spec, ids=ids, name=name, moments=moments, classes=classes)
+
+
+def _class_names(arrays: Arrays) -> tuple[str, ...]:
+  """What annotations call the classes 0, 1, …; nothing if they do not name each of them once."""
+  if not all("annotations" in fields for fields in arrays.values()):
+    return ()
+  columns = [[f[k] for f in arrays.values()] for k in (check.CLASSES, "annotations")]
+  classes, names = (np.concatenate(parts) for parts in columns)
+  pairs = sorted({(int(c), str(name)) for c, name in zip(classes, names, strict=True)})
+  found = tuple(name for _, name in pairs)
+  return found if [c for c, _ in pairs] == list(range(len(set(found)))) else ()
 
 
 def _check_options(text: str, task: str) -> None:
@@ -159,6 +217,13 @@ def make_spec(
   """
   known = check.known(LABEL_RANGES, name)
   text, audio, vision = (_spec(getattr(train, m)) for m in types.MODALITIES)
+  classes, problems = int(labels.max()) + 1 if task != "regression" else 0, ()
+  if task == "binary":
+    numbered = tuple(str(k) for k in range(max(2, (classes - 1).bit_length())))
+    problems = check.known(check.PROBLEMS, name) or numbered
+    if classes > 2 ** len(problems):
+      raise DataError(f"{name}: expected the answers to {len(problems)} binary problems, not more.")
+    classes = 2 ** len(problems)
   if text.tokens and largest_id is not None:
     text = text._replace(vocab=largest_id + 1)
   return types.Spec(
@@ -166,8 +231,9 @@ def make_spec(
     audio,
     vision,
     num_train=len(train.index),
-    num_classes=int(labels.max()) + 1 if task == "classification" else 0,
+    num_classes=classes,
     label_range=label_range or known or (float(labels.min()), float(labels.max())),
+    problems=problems,
   )
 
 
@@ -193,8 +259,7 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
     for m in ("audio", "vision")
   }
   valid = valid_steps({**fields, **others}, text)
-  key = "regression_labels" if task == "regression" else "classification_labels"
-  label: Any = _get(fields, key, where, f"which task={task!r} reads").reshape(-1)
+  label: Any = read_labels(fields, where, task)
   for letter, modality in (("T", "text"), ("A", "audio"), ("V", "vision")):
     if f"regression_labels_{letter}" in fields:
       values = np.asarray(fields[f"regression_labels_{letter}"], np.float32)
@@ -203,10 +268,28 @@ def make_split(fields: Mapping[str, Any], where: str, text: str, task: str) -> t
   return types.Batch(
     text=types.modality(x, valid["text"]),
     **{m: types.modality(others[m], valid[m]) for m in others},
-    label=label.astype(np.float32 if task == "regression" else np.int32),
+    label=label,
     index=index,
     info=info,
   )
+
+
+def label_key(fields: Collection[str], task: str) -> str:
+  """The field in which a task's labels stand."""
+  if task == "binary" and check.BINARY in fields:
+    return check.BINARY
+  return check.REGRESSION if task == "regression" else check.CLASSES
+
+
+def read_labels(fields: Mapping[str, Any], where: str, task: str) -> np.ndarray:
+  """[N] labels of a task: float32, classes int32, or the answers to binary problems by number."""
+  key = label_key(fields, task)
+  found: Any = _get(fields, key, where, f"which task={task!r} reads")
+  if key == check.BINARY:
+    return (found.astype(int) << np.arange(found.shape[1])[None]).sum(1).astype(np.int32)
+  if task == "binary":
+    return (1 << found.reshape(-1).astype(int)).astype(np.int32)
+  return found.reshape(-1).astype(np.float32 if task == "regression" else np.int32)
 
 
 def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str, np.ndarray]:
@@ -224,7 +307,7 @@ def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str,
   if tokens is not None and (read_tokens or tokens.shape[2] == fields["text"].shape[1]):
     found = {"text": tokens[:, 1] > 0}
   else:
-    found = {"text": _until_last_nonzero(fields["text"])}
+    found = {"text": until_last_nonzero(fields["text"])}
   for m in ("audio", "vision"):
     x, lengths = fields[m], fields.get(f"{m}_lengths")
     if lengths is not None:
@@ -232,11 +315,11 @@ def valid_steps(fields: Mapping[str, Any], text: str | None = None) -> dict[str,
     elif x.shape[1] == found["text"].shape[1]:
       found[m] = found["text"]
     else:
-      found[m] = _until_last_nonzero(x)
+      found[m] = until_last_nonzero(x)
   return found
 
 
-def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
+def until_last_nonzero(x: np.ndarray) -> np.ndarray:
   """[N, L] True up to the last step that is not all zeros."""
   return np.arange(x.shape[1]) < padding.extent(x)[1][:, None]
 
@@ -244,9 +327,6 @@ def _until_last_nonzero(x: np.ndarray) -> np.ndarray:
 def _spec(m: types.Modality) -> types.ModalitySpec:
   tokens = m.x.ndim == 2
   return types.ModalitySpec(m.x.shape[1], 0 if tokens else m.x.shape[2], tokens)
-
-
-Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _moments(train: types.Batch) -> Moments:
@@ -281,14 +361,42 @@ def dataset_folder(data_dir: str | pathlib.Path, name: str) -> pathlib.Path:
   Raises:
     DataError: if there is none.
   """
-  folder = pathlib.Path(data_dir) / name
-  complete = [version for version in folder.glob("*") if is_complete(version)]
+  complete = _complete(data_dir, name)
   if not complete:
     raise DataError(
-      f"{folder} holds no complete dataset. Convert a pickle first: python -m data_prep.convert"
-      f" --pickle=F --dataset={name} --data_dir={data_dir}"
+      f"{pathlib.Path(data_dir) / name} holds no complete dataset. Convert a pickle first:"
+      f" mmjax-prepare --pickle=F --dataset={name} --data_dir={data_dir}"
     )
   return max(complete, key=lambda path: [int(n) for n in path.name.split(".")])
+
+
+def _complete(data_dir: str | pathlib.Path, name: str) -> list[pathlib.Path]:
+  folder = pathlib.Path(data_dir) / name
+  return [version for version in folder.glob("*") if is_complete(version)]
+
+
+def feature_file(data_dir: str | pathlib.Path, name: str) -> pathlib.Path | None:
+  """What `load` reads where nothing was converted, "data/mosi.pkl"; None if there is none."""
+  if _complete(data_dir, name):
+    return None
+  files = (pathlib.Path(data_dir) / f"{name}{suffix}" for suffix in FILES)
+  return next((file for file in files if file.is_file()), None)
+
+
+def sha256(data_dir: str | pathlib.Path, name: str) -> str:
+  """The digest of a dataset's feature file, converted or not: runs keep what they trained on."""
+  file = feature_file(data_dir, name)
+  return read_card(data_dir, name)["sha256"] if file is None else digest([file])
+
+
+def digest(paths: Sequence[pathlib.Path]) -> str:
+  """SHA-256 of files, one after the other."""
+  found = hashlib.sha256()
+  for path in paths:
+    with path.open("rb") as file:
+      while block := file.read(1 << 20):
+        found.update(block)
+  return found.hexdigest()
 
 
 def is_complete(folder: pathlib.Path) -> bool:
@@ -348,10 +456,21 @@ def _decode(values: np.ndarray) -> np.ndarray:
 
 
 def import_tfds():
-  """TensorFlow Datasets, imported at its first use and without TensorFlow's start-up chatter."""
+  """TensorFlow Datasets, imported at its first use and without TensorFlow's start-up chatter.
+
+  Raises:
+    DataError: if it is not installed.
+  """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice ignores the log level
-  import tensorflow_datasets as tfds
+  try:
+    import tensorflow  # noqa: F401  # TensorFlow Datasets imports it later, and says less
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError as error:
+    raise DataError(
+      f"converted datasets need TensorFlow ({error}): pip install 'mmjax[data]'. What is not"
+      " converted, NAME.pkl in the folder of the datasets, is read without it."
+    ) from error
 
   logging.getLogger("absl").addFilter(_worth_reading)
   return tfds
@@ -377,9 +496,18 @@ def _batches(builder, split: str, **options) -> Iterator[dict[str, np.ndarray]]:
 
 
 def load(data_dir: str | pathlib.Path, name: str, **options: Any) -> Dataset:
-  """Reads a converted dataset; `options` are those of `from_arrays`.
+  """Reads a dataset: a converted one, or else `data_dir/NAME.pkl`, the same bits of either.
+
+  Args:
+    data_dir: folder of the datasets.
+    name: the dataset's name.
+    **options: of `from_arrays`.
 
   Raises:
-    DataError: if there is no complete dataset of that name, or a needed key is missing.
+    DataError: if there is no dataset of that name, a needed key is missing, or (converted ones)
+      TensorFlow.
   """
+  file = feature_file(data_dir, name)
+  if file is not None:
+    return from_pickle(file, name=name, **options)
   return make_dataset(read_arrays(data_dir, name), name=name, **options)

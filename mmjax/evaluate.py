@@ -277,6 +277,71 @@ def _key(settings: dict[str, Any], seed: types.Array) -> types.PRNGKey:
   return key
 
 
+def count_missing(
+  split: types.Batch,
+  conditions: Sequence[Condition],
+  seeds: Iterable[int],
+  *,
+  batch_size: int = 128,
+) -> list[dict[str, Any]]:
+  """Counts what a grid of the same arguments hides: exactly, and not what its rates say.
+
+  Args:
+    split: the split, N rows.
+    conditions: the missing-data conditions.
+    seeds: the mask seeds.
+    batch_size: rows masked at once.
+
+  Returns:
+    A row per condition and modality ("all": of all three), sums over the seeds: "kind",
+    "condition", "modality"; "missing steps" "of steps" (the valid ones; of masks over channels
+    "of" counts steps times channels), "missing modalities" "of modalities" (a sample lacks a
+    modality where nothing of it is left but [CLS] and [SEP]), "touched samples" (that miss
+    anything of it) "of samples".
+  """
+  counting = types.System(lambda key, spec: ({}, {}), _missing, ())
+  grid = make_grid(counting, split, conditions, seeds, batch_size=batch_size, output="counts")
+  found, rows = grid({}, {}), []  # [C, S, N, 3, 3]
+  for condition, one in zip(conditions, found, strict=True):
+    for name, m in [*((name, [i]) for i, name in enumerate(types.MODALITIES)), ("all", [0, 1, 2])]:
+      missing, of, gone = (one[:, :, m, k] for k in range(3))
+      rows.append(
+        {
+          "kind": condition.kind,
+          "condition": condition.name,
+          "modality": name,
+          "missing steps": int(missing.sum()),
+          "of steps": int(of.sum()),
+          "missing modalities": int(gone.sum()),
+          "of modalities": gone.size,
+          "touched samples": int((missing.sum(-1) > 0).sum()),
+          "of samples": one.shape[0] * one.shape[1],
+        }
+      )
+  return rows
+
+
+def _missing(params, batch, extra) -> dict[str, types.Array]:
+  """A `System.predict`: "counts" [B, 3, 3] of each modality: missing, all, whether all are."""
+  del params, extra
+  found = []
+  for name in types.MODALITIES:
+    m: types.Modality = getattr(batch, name)
+    # steps, or steps x channels
+    wide = jnp.broadcast_to(m.seen.reshape(*m.seen.shape[:2], -1), (*m.valid.shape, _width(m)))
+    real = m.valid[..., None]
+    mine = real & ~masking.ends(m.valid)[..., None] if m.x.ndim == 2 else real
+    missing = (real & ~wide).sum((1, 2))
+    gone = (missing > 0) & ~(mine & wide).any((1, 2))
+    found.append(jnp.stack([missing, m.valid.sum(1) * wide.shape[2], gone.astype(jnp.int32)], -1))
+  return {"counts": jnp.stack(found, 1)}
+
+
+def _width(m: types.Modality) -> int:
+  """How many entries a step has in `seen`."""
+  return m.seen.shape[2] if m.seen.ndim == 3 else 1
+
+
 def make_validator(
   system: types.System,
   split: types.Batch,
@@ -324,19 +389,29 @@ def make_robustness(
   grid = make_grid(system, split, conditions, seeds, batch_size=batch_size)
 
   def robustness(params, extra):
-    predictions = grid(params, extra)
-    return [
-      {
-        "kind": condition.kind,
-        "condition": condition.name,
-        "mask_seed": seed,
-        **metrics.compute(spec, predictions[c, s], split.label),
-      }
-      for c, condition in enumerate(conditions)
-      for s, seed in enumerate(seeds)
-    ]
+    return score(spec, grid(params, extra), split.label, conditions, seeds)
 
   return robustness
+
+
+def score(
+  spec: types.Spec,
+  predictions: np.ndarray,
+  label: Any,
+  conditions: Sequence[Condition],
+  seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+  """The rows of `make_robustness`, of a grid's predictions [C, S, N, ...] and the labels [N]."""
+  return [
+    {
+      "kind": condition.kind,
+      "condition": condition.name,
+      "mask_seed": seed,
+      **metrics.compute(spec, predictions[c, s], label),
+    }
+    for c, condition in enumerate(conditions)
+    for s, seed in enumerate(seeds)
+  ]
 
 
 def robustness(

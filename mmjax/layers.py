@@ -13,6 +13,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax import recurrence, types
 
@@ -34,20 +35,51 @@ def _last(vector: Array, rank: int) -> Array:
 
 
 class Dense(nn.Module):
-  """nn.Linear: kernel [in, out] and bias from U(±1/√in). `use_bias` as in linen."""
+  """nn.Linear: kernel [in, out] and bias from U(±1/√in). `use_bias` as in linen.
 
-  features: int
+  A head's `features` may be (K, 2), the answers to K binary problems: its kernel is then
+  [in, 2K], its bias [K, 2], and what it returns are their `joint` logits.
+  """
+
+  features: int | tuple[int, int]
   use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    bound = 1 / math.sqrt(x.shape[-1])
-    kernel = self.param("kernel", uniform(bound), (x.shape[-1], self.features))
+    bound, shape = 1 / math.sqrt(x.shape[-1]), outputs(self.features)
+    size = math.prod(shape)
+    kernel = self.param("kernel", uniform(bound), (x.shape[-1], size))
     # in rows: the kernel's gradient then needs no transposed copy of x (XLA on a CPU)
-    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
+    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], size)
     if self.use_bias:
-      y = y + _last(self.param("bias", uniform(bound), (self.features,)), y.ndim)
-    return y
+      y = y + _last(self.param("bias", uniform(bound), shape).reshape(-1), y.ndim)
+    return joint(y) if len(shape) == 2 else y
+
+
+def outputs(features: int | tuple[int, int]) -> tuple[int, ...]:
+  """The shape of a head's outputs: (C,), or (K, 2) of K >= 2 binary problems."""
+  return (features,) if isinstance(features, int) else tuple(features)
+
+
+def joint(scores: Array) -> Array:
+  """Logits of all answers to K binary problems at once, from the logits of each answer.
+
+  The problems are independent, so an answer's logit is the sum of its parts'. The softmax
+  cross-entropy of these logits is the sum of the K binary ones, the divergence of two such
+  distributions the sum of K divergences, and the largest logit is the answer whose every part is
+  the likelier one: whatever treats classes treats binary problems right.
+
+  Args:
+    scores: [..., 2K] logits of no and yes to each problem in turn.
+
+  Returns:
+    [..., 2^K], of the answers by number: bit k is the answer to problem k.
+  """
+  pairs = scores.reshape(*scores.shape[:-1], -1, 2)
+  count = pairs.shape[-2]
+  answers = np.arange(2**count)[None] >> np.arange(count)[:, None] & 1  # [K, 2^K]
+  chosen = np.stack([1 - answers, answers], 1)  # [K, 2, 2^K]
+  return jnp.einsum("...ka,kac->...c", pairs, jnp.asarray(chosen, pairs.dtype))
 
 
 def wide(x: Array) -> Array:

@@ -13,6 +13,8 @@ The task and the scale of the labels decide which there are (`scale_of`):
     acc2, f1             up to 0 against above
     acc3, acc5           bins that end, inclusively, at ±0.1, and at ±0.1, ±0.7
   classification: acc, uar, f1, and f1_0, f1_1 … of the classes
+  binary (IEMOCAP's four emotions, each its own problem): f1_happy, f1_sad … weighted over no and
+    yes; acc and f1 are the means over the problems
 
 They follow MMSA and LNLN, which agree but for rounding. F1 is weighted by the classes'
 support, with the truth as the first argument. All binning is in float32, as in the
@@ -20,8 +22,9 @@ references: a prediction of float32(0.1) stays in the middle bin. One prediction
 makes every metric NaN: a model that diverged has no accuracy.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +78,8 @@ def compute(
 def names(spec: types.Spec) -> tuple[str, ...]:
   """The metrics of a dataset, as `compute` names them."""
   scale = scale_of(spec)
+  if scale == "binary":
+    return tuple(ordered(["acc", "f1", *(f"f1_{problem}" for problem in spec.problems)]))
   own = tuple(name for name, metric in METRICS.items() if scale in metric.needs)
   return own + tuple(f"f1_{c}" for c in range(spec.num_classes))
 
@@ -87,9 +92,11 @@ def scale_of(spec: types.Spec) -> str:
       which occur, and need not reach the ends of the scale.
 
   Returns:
-    "classification"; "sims" for labels of both signs within ±1; "sentiment" for labels of
-    both signs within ±3; "regression" for all others.
+    "binary" where there are binary problems; "classification"; "sims" for labels of both signs
+    within ±1; "sentiment" for labels of both signs within ±3; "regression" for all others.
   """
+  if spec.problems:
+    return "binary"
   if spec.num_classes:
     return "classification"
   low, high = spec.label_range
@@ -101,6 +108,8 @@ def scale_of(spec: types.Spec) -> str:
 
 def for_task(spec: types.Spec) -> MetricFn:
   """The metric function `(prediction, label) -> {name: value}` of a dataset, by `scale_of`."""
+  if spec.problems:
+    return functools.partial(binary, problems=spec.problems)
   functions = (classification, sims, sentiment, regression)
   return {function.__name__: function for function in functions}[scale_of(spec)]
 
@@ -231,6 +240,28 @@ def classification(prediction: ArrayLike, label: ArrayLike) -> Metrics:
   return _or_nan(prediction, found)
 
 
+def binary(prediction: ArrayLike, label: ArrayLike, problems: Sequence[str]) -> Metrics:
+  """Weighted F1 of each binary problem, as MulT and its successors tabulate IEMOCAP.
+
+  Args:
+    prediction: [N, 2^K] logits of all answers, see `layers.joint`.
+    label: [N] answers by number: bit k is the answer to problem k.
+    problems: their K names.
+
+  Returns:
+    "acc" and "f1", the means over the problems, and "f1_NAME" of each.
+
+  Raises:
+    ValueError: on misshapen arguments, or labels beyond the 2^K answers.
+  """
+  answers = [part.astype(int) for part in _classes(prediction, label)]
+  pairs = [[part >> k & 1 for part in answers] for k in range(len(problems))]
+  f1 = [_weighted_f1(p, y) for p, y in pairs]
+  found = {"acc": float(np.mean([p == y for p, y in pairs])), "f1": float(np.mean(f1))}
+  found |= {f"f1_{name}": value for name, value in zip(problems, f1, strict=True)}
+  return _or_nan(prediction, found)
+
+
 def confusion(prediction: ArrayLike, label: ArrayLike) -> np.ndarray:
   """Confusion matrix: how many samples of a true class (row) got which class (column).
 
@@ -244,6 +275,14 @@ def confusion(prediction: ArrayLike, label: ArrayLike) -> np.ndarray:
   Raises:
     ValueError: on misshapen arguments, or labels that are not among the C classes.
   """
+  predicted, label = _classes(prediction, label)
+  return confusion_matrix(
+    label.astype(int), predicted, labels=np.arange(np.asarray(prediction).shape[1])
+  )
+
+
+def _classes(prediction: ArrayLike, label: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+  """Predicted and true classes [N]."""
   prediction, label = np.asarray(prediction), np.asarray(label)
   if prediction.ndim != 2 or label.size != len(prediction) or not label.size:
     raise ValueError(
@@ -254,9 +293,7 @@ def confusion(prediction: ArrayLike, label: ArrayLike) -> np.ndarray:
     raise ValueError(
       f"labels range from {label.min()} to {label.max()}, but there are {classes} logits."
     )
-  return confusion_matrix(
-    label.ravel().astype(int), prediction.argmax(1), labels=np.arange(classes)
-  )
+  return prediction.argmax(1), label.ravel()
 
 
 def _flat(prediction: ArrayLike, label: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -305,9 +342,13 @@ METRICS: dict[str, Metric] = {
   "acc5": Metric("max", "Acc-5", False, _BINNED),
   "acc3": Metric("max", "Acc-3", False, _BINNED),
   "acc2": Metric("max", "Acc-2", True, ("sims",)),
-  "acc": Metric("max", "Accuracy", True, ("classification",)),
+  "acc": Metric("max", "Accuracy", True, ("classification", "binary")),
   "uar": Metric("max", "UAR", True, ("classification",)),
   "f1_non0": Metric("max", "F1 (negative/positive)", False, ("sentiment",)),
   "f1_has0": Metric("max", "F1 (negative/non-negative)", False, ("sentiment",)),
-  "f1": Metric("max", "F1", True, ("sims", "classification")),
+  "f1": Metric("max", "F1", True, ("sims", "classification", "binary")),
+  "f1_happy": Metric("max", "F1 (happy or not)", True, ("binary",)),
+  "f1_sad": Metric("max", "F1 (sad or not)", True, ("binary",)),
+  "f1_angry": Metric("max", "F1 (angry or not)", True, ("binary",)),
+  "f1_neutral": Metric("max", "F1 (neutral or not)", True, ("binary",)),
 }

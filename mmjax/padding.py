@@ -122,7 +122,7 @@ class _Split:
       return shift, lengths
     shift = self.unmeasured("text", first, end)
     if shift.any():
-      for key in ("audio", "vision"):
+      for key in [key for key in ("audio", "vision") if key in self.fields]:
         other = self.fields[key]
         if f"{key}_lengths" not in self.fields and other.shape[1] == x.shape[1]:
           begin, stop = extent(other)  # aligned: the first word may lack a vector
@@ -188,6 +188,6 @@ def straighten(
   if "text" in fields:
     steps = fields["text"].shape[1]
     known[steps] = split.text(known.get(steps))
-  for key in ("audio", "vision"):
+  for key in [key for key in ("audio", "vision") if key in fields]:
     split.timed(key, known.get(fields[key].shape[1]))
   return split.moved, split.notes

@@ -200,9 +200,12 @@ def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Calla
   return jax.shard_map(function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
-def assemble(tree: Any, mesh: Mesh | None) -> Any:
-  """This process's rows [B / processes, ...] on the host -> the global [B, ...], shared out."""
+def assemble(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
+  """This process's rows [B / processes, ...] on the host -> the global [B, ...], shared out.
+
+  The rows are those along an axis of the arrays.
+  """
   if mesh is None:
     return jax.device_put(tree)  # takes aligned arrays as they are, jnp.asarray copies them
-  sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+  sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)

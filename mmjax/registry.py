@@ -66,3 +66,40 @@ def settings_of(factory: Callable[..., Any]) -> dict[str, Any] | None:
     if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
       found[parameter.name] = parameter.default
   return found
+
+
+def call(
+  kind: str,
+  name: str,
+  factory: Callable[..., Any],
+  taken: Mapping[str, Any] | None,
+  /,
+  *args: Any,
+  **given: Any,
+) -> Any:
+  """A factory's result; settings that it refuses are the user's to mend.
+
+  Args:
+    kind, name: of the factory, for errors.
+    factory: it is called with the arguments and settings that follow.
+    taken: the settings that it takes, see `settings_of`.
+
+  Raises:
+    UsageError: on a setting that it does not take, lacks, or refuses.
+  """
+  if taken is not None:
+    for setting in given:
+      if setting not in taken:
+        raise types.UsageError(
+          f"{kind} {name!r} takes no {setting!r}{nearest(setting, taken)}; it takes"
+          f" {', '.join(taken)}."
+        )
+    lacking = [n for n, v in taken.items() if v is inspect.Parameter.empty and n not in given]
+    if lacking:
+      raise types.UsageError(f"{kind} {name!r} needs the setting {lacking[0]!r}.")
+  try:
+    return factory(*args, **given)
+  except types.UsageError:
+    raise
+  except ValueError as error:
+    raise types.UsageError(f"{kind} {name!r}: {error}") from error

@@ -158,9 +158,7 @@ def _make_steps(data, count, take, advance, batch_size, draws, mesh, together) -
   """Steps over permutations of `count`, of which `take(data, rows [draws · B])` makes batches."""
 
   def steps(state, sums, data, key, epoch, start, stop):
-    orders = jax.vmap(lambda k: jax.random.permutation(k, count))(
-      jax.random.split(order_key(key, epoch), draws)
-    )
+    order = orders(order_key(key, epoch), count, draws)
 
     def unfinished(carry):
       _, _, at, finite = carry
@@ -168,7 +166,7 @@ def _make_steps(data, count, take, advance, batch_size, draws, mesh, together) -
 
     def body(carry):
       state, sums, at, _ = carry
-      rows = jax.lax.dynamic_slice_in_dim(orders, at * batch_size, batch_size, axis=1)
+      rows = jax.lax.dynamic_slice_in_dim(order, at * batch_size, batch_size, axis=1)
       state, sums, finite = advance(state, sums, take(data, rows.reshape(-1)), key)
       return state, sums, at + 1, finite
 
@@ -194,6 +192,12 @@ def as_source(train: types.Batch | Source) -> Source:
 
 # The constant that is folded into a run's key for the order of its data.
 DATA = 1
+
+
+def orders(key: types.PRNGKey, rows: int, draws: int) -> types.Array:
+  """[draws, N] the orders in which the draws of an epoch take the rows; see `order_key`."""
+  keys = jax.random.split(key, draws)
+  return jax.vmap(lambda k: jax.random.permutation(k, rows))(keys)
 
 
 def order_key(key: types.PRNGKey, epoch: Any) -> types.PRNGKey:

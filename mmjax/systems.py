@@ -2,9 +2,10 @@
 
 The network is a linen module. It is called with a batch, or `(batch, train)` if it behaves
 differently in training, and returns a dict: "prediction" (see `layers.prediction`), "feature",
-and whatever its loss reads. Its attribute `num_outputs` is set by the data, an attribute `bert`
-is a `bert.Setup`, and all others are settings, with a default and documentation there and nowhere
-else. So a whole model of your own is
+and whatever its loss reads. Its attribute `num_outputs` is set by the data and meant for a
+`layers.Dense`: 1, a number of classes, or (K, 2) for K binary problems. An attribute `bert` is a
+`bert.Setup`, and all others are settings, with a default and documentation there and nowhere else.
+So a whole model of your own is
 
   class Means(nn.Module):
     num_outputs: int = 1
@@ -14,7 +15,7 @@ else. So a whole model of your own is
     def __call__(self, batch):
       means = [masking.observed(getattr(batch, name)).mean(1) for name in types.MODALITIES]
       feature = nn.relu(nn.Dense(self.size)(jnp.concatenate(means, -1)))
-      scores = nn.Dense(self.num_outputs, name="head")(feature)
+      scores = layers.Dense(self.num_outputs, name="head")(feature)
       return {"feature": feature, "prediction": layers.prediction(scores)}
 
   def loss(out, batch, extra, scale):
@@ -45,7 +46,7 @@ from mmjax import layers, parallel, registry, types
 
 # What networks compute in, see `in_precision`.
 PRECISIONS = ("float32", "bfloat16")
-_DTYPE = contextvars.ContextVar("mmjax_network_dtype", default=None)
+_DTYPE: contextvars.ContextVar[Any] = contextvars.ContextVar("mmjax_network_dtype", default=None)
 # Attributes of a network that are no settings: the first is the data's, the others are linen's.
 _NOT_SETTINGS = ("num_outputs", "parent", "name")
 
@@ -101,7 +102,7 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
 
   Args:
     network: see above.
-    head: "a/b/c" path of the layer whose bias [C] tells the number of outputs.
+    head: "a/b/c" path of the layer whose bias, [C] or [K, 2], tells the number of outputs.
     collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
 
   Returns:
@@ -119,7 +120,8 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
   def init(key, spec):
     if encoder is not None:
       encoder.check(spec)
-    module = network.clone(num_outputs=spec.num_classes or 1)
+    outputs = (len(spec.problems), 2) if spec.problems else spec.num_classes or 1
+    module = network.clone(num_outputs=outputs)
     # of shapes, nothing is computed: neither run nor compiled
     example = jax.eval_shape(lambda: types.example_batch(spec))
     variables = dict(module.lazy_init(key, example, **told(True)))
@@ -202,7 +204,7 @@ def supervised(
   Args:
     network: see above.
     loss: of what it returns.
-    head: "a/b/c" path of the layer whose bias [C] tells the number of outputs.
+    head: "a/b/c" path of the layer whose bias, [C] or [K, 2], tells the number of outputs.
     collections: variables beside the parameters, as "batch_stats", which stay in `extra`.
     extra: `spec -> extra`, what the loss keeps beside them.
     on_epoch, trains, hessian: of the phase, see `types.Phase`.
@@ -285,9 +287,10 @@ def _freeze(setting: Any) -> Any:
   return flax.core.freeze(dict(setting)) if isinstance(setting, Mapping) else setting
 
 
-def _num_outputs(params: types.Params, head: str) -> int:
+def _num_outputs(params: types.Params, head: str) -> int | tuple[int, ...]:
   layer = functools.reduce(lambda tree, name: tree[name], head.split("/"), params)
-  return layer["bias"].shape[-1]
+  shape = layer["bias"].shape
+  return shape if len(shape) == 2 and shape[0] > 1 else shape[-1]  # some biases are [1, C]
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

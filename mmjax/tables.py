@@ -19,6 +19,23 @@ def _welch(a, b) -> float:
   return float(test.pvalue)
 
 
+def holm(p: Sequence[float]) -> list[float]:
+  """p-values corrected for their number, after Holm (1979).
+
+  Args:
+    p: those of one family of tests; NaN where there was none, which does not count.
+
+  Returns:
+    The smallest level at which the step-down procedure rejects each; NaN stays.
+  """
+  order = sorted((i for i, value in enumerate(p) if value == value), key=lambda i: p[i])
+  found, largest = [float("nan")] * len(p), 0.0
+  for rank, i in enumerate(order):
+    largest = max(largest, min(1.0, (len(order) - rank) * p[i]))
+    found[i] = largest
+  return found
+
+
 def summarize(rows: Sequence[dict], by: Sequence[str]) -> pd.DataFrame:
   """Mean and standard deviation of every metric over the seeds.
 
@@ -53,8 +70,9 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
 
   Returns:
     One row per metric and method: "metric", `by`, "n" runs, "mean", "std" over runs, "delta"
-    against the baseline's mean, and "p" of Welch's two-tailed t-test against its runs (NaN
-    for the baseline itself and below two runs).
+    against the baseline's mean, "p" of Welch's two-tailed t-test against its runs (NaN
+    for the baseline itself and below two runs), and "p_holm", corrected (`holm`) for the number of
+    methods that the metric compares.
   """
   frame = pd.DataFrame(rows)
   runs: Any = frame.groupby([by, seed], sort=False).mean(numeric_only=True)
@@ -75,11 +93,13 @@ def against(rows: Sequence[dict], *, by: str, baseline: str, seed: str = "seed")
           "p": p,
         }
       )
-  return pd.DataFrame(found)
+  table = pd.DataFrame(found)
+  table["p_holm"] = table.groupby("metric", sort=False)["p"].transform(lambda p: holm(list(p)))
+  return table
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-  """A summary with "mean ± std" cells ("mean" where there is one run only)."""
+  """A summary with "mean ± std" cells ("mean" where there is one run, "" where there is none)."""
   text = pd.DataFrame(index=table.index)
   for name in table.columns:
     if name.endswith("_std") and name.removesuffix("_std") in table.columns:
@@ -90,11 +110,15 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
       text[name] = column.map(lambda v: f"{v:.{digits}f}") if number else column.astype(str)
       text[name] = text[name].where(column.notna(), "")
       continue
-    text[name] = [
-      f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
-      for mean, std, n in zip(table[name], table[f"{name}_std"], table["n"], strict=True)
-    ]
+    columns = (table[name], table[f"{name}_std"], table["n"])
+    text[name] = [_cell(*values, digits) for values in zip(*columns, strict=True)]
   return text
+
+
+def _cell(mean: float, std: float, n: int, digits: int) -> str:
+  if pd.isna(mean) and pd.isna(std):
+    return ""
+  return f"{mean:.{digits}f} ± {std:.{digits}f}" if n > 1 else f"{mean:.{digits}f}"
 
 
 def pivot(

@@ -125,6 +125,8 @@ class Spec(NamedTuple):
     num_train: number of training samples (tables have one row for each).
     num_classes: 0 for regression, else the number of classes.
     label_range: smallest and largest label of the dataset's scale, as (-3.0, 3.0).
+    problems: names of K binary problems, as IEMOCAP's emotions. A label is then one of 2^K
+      classes: the number whose bit k is the answer to problem k (see `layers.joint`).
   """
 
   text: ModalitySpec
@@ -133,6 +135,7 @@ class Spec(NamedTuple):
   num_train: int
   num_classes: int = 0
   label_range: tuple[float, float] = (-3.0, 3.0)
+  problems: tuple[str, ...] = ()
 
 
 def example_batch(spec: Spec, rows: int = 2) -> Batch:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 import chex
 import pytest
 
+import mmjax
 from command import ROOT, call, final, refused, start
 from experiments import workdir
+from mmjax import runs
 
 EPOCHS = 12
 
@@ -123,7 +126,7 @@ def test_a_failed_start_leaves_nothing_and_what_has_not_begun_is_taken_over(fold
   workdir.Workdir(path, asked, "elsewhere").close()
   workdir.check(path, {"config": {"seed": 2}})  # nothing was trained there
   (path / "metrics.jsonl").write_text('{"epoch": 0}\n')
-  with pytest.raises(workdir.WorkdirError, match="config.seed: 1 there, 2 asked for"):
+  with pytest.raises(runs.RunError, match="config.seed: 1 there, 2 asked for"):
     workdir.check(path, {"config": {"seed": 2}})
 
 
@@ -137,7 +140,7 @@ def test_a_folder_of_the_old_format_is_refused(tmp_path):
 def test_one_training_at_a_time_in_a_folder(tmp_path):
   asked = {"seed": 0}
   first = workdir.Workdir(tmp_path, asked, "data")
-  with pytest.raises(workdir.WorkdirError, match="another process"):
+  with pytest.raises(runs.RunError, match="another process"):
     workdir.Workdir(tmp_path, asked, "data")
   first.close()
   workdir.Workdir(tmp_path, asked, "data").close()
@@ -183,6 +186,25 @@ def test_evaluate_writes_table_and_curves(folder, whole):
   nothing = folder / "nothing"
   assert "holds no training run" in refused("evaluate", f"--workdir={nothing}")
   assert not nothing.exists()
+
+
+def test_a_trained_run_is_loaded_without_its_data(folder, whole):
+  moved = shutil.copytree(folder / "whole", folder / "moved")
+  spec = json.loads((moved / "config.json").read_text()) | {"data_dir": "gone"}
+  (moved / "config.json").write_text(json.dumps(spec))
+  run = mmjax.load(moved)
+  best = whole[0]["best"]["valid/mae"]
+  chex.assert_trees_all_equal(run.params, best["params"])
+  done = json.loads((moved / "done.json").read_text())
+  assert done["valid/mae"] == {"epoch": run.epoch, "score": run.score}
+  # of an older version: training's command writes what is lacking, and trains nothing
+  kept = (moved / "spec.json").read_text()
+  (moved / "spec.json").unlink()
+  asked = ("--pickle=a.pkl", f"--out={folder / 'a.csv'}")
+  assert f"train --workdir={moved}" in refused("predict", f"--workdir={moved}", *asked)
+  assert call("train", f"--workdir={moved}", f"--data_dir={folder / 'data'}")[0] == 0
+  assert (moved / "spec.json").read_text() == kept
+  chex.assert_trees_all_equal(final(moved), whole[0])
 
 
 PARTS = """

@@ -4,6 +4,7 @@ Files and notebooks pass the same one: faults are tried both ways.
 """
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -162,6 +163,66 @@ def test_mults_labels_and_ids():
     "c$_$d",
     "e",
   ]
+
+
+EMOTIONS = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])  # one yes in each row
+
+
+def emotional(rows):
+  """The arrays with MulT's `labels` of some rows of answers alone."""
+  arrays = {}
+  for split, fields in ARRAYS.items():
+    arrays[split] = {k: fields[k] for k in ("id", "text", "audio", "vision")}
+    arrays[split]["labels"] = rows[np.arange(len(fields["id"])) % len(rows)]
+  return arrays
+
+
+@pytest.mark.parametrize("form", ["pairs", "one-hot", "classes"])
+def test_four_emotions_are_binary_problems_and_classes(form):
+  """[N, 4, 2] of no and yes, [N, 4], or the classes: the same problems in the files' order."""
+  arrays = emotional(
+    {"pairs": np.eye(2)[EMOTIONS], "one-hot": EMOTIONS}.get(form, EMOTIONS.argmax(1))
+  )
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    found = data.from_arrays(arrays, name="iemocap", task="binary")
+    classes = data.from_arrays(arrays, name="iemocap", task="classification")
+  assert found.spec.problems == ("neutral", "happy", "sad", "angry")
+  assert found.spec.num_classes == 16 and classes.spec.num_classes == 4
+  assert found.train.label.tolist() == [2, 1, 8] * 4 and found.train.label.dtype == np.int32
+  assert classes.train.label.tolist() == [1, 0, 3] * 4 and classes.spec.problems == ()
+
+
+def test_emotions_may_come_together_but_are_then_no_classes():
+  both = np.eye(2)[np.array([[0, 1, 1, 0], [0, 0, 0, 0]])]
+  for rows in (both, both.argmax(2)):
+    with pytest.warns(UserWarning, match="'labels' were read as 'binary_labels'"):
+      found = data.from_arrays(emotional(rows), name="iemocap", task="binary")
+    assert found.test.label.tolist() == [6, 0] * 2
+    with pytest.raises(data.DataError, match="classification_labels"), warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      data.from_arrays(emotional(rows), name="iemocap", task="classification")
+  spec = data.make_dataset(
+    check.check(emotional(both), "f", "mine").arrays, name="mine", task="binary"
+  ).spec
+  assert spec.problems == ("0", "1", "2") and spec.num_classes == 8  # no yes beyond the third
+  with pytest.raises(data.DataError, match="4 binary problems"):
+    data.make_spec(found.train, np.array([16]), "iemocap", "binary", None)
+
+
+@pytest.mark.parametrize(
+  ("answers", "told"),
+  [
+    (np.full((12, 4), 0.5), "0 or 1"),
+    (np.ones((12, 4, 2)), r"\(1, 0\) for no"),
+    (np.ones((12, 1)), r"at least two"),
+  ],
+)
+def test_other_answers_are_refused(answers, told):
+  arrays = everywhere("binary_labels", lambda f: np.zeros((len(f["id"]), 4)))
+  arrays["train"]["binary_labels"] = answers
+  with pytest.raises(data.DataError, match=f"binary_labels.*{told}"):
+    check.check(arrays, "f", "any")
 
 
 def test_samples_without_ids_are_named():

@@ -18,13 +18,28 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # In the processes of tests and in this one alike: binaries would make a device of every core, which
-# changes the last bits of a training. And they find `toy`.
+# changes the last bits of a training. And they find `experiments`, and `toy`.
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+HERE = pathlib.Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
-  filter(None, [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")])
+  filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")])
 )
 
 import pytest  # noqa: E402
+
+# Files whose systems share no program: tests of one system stay together, not the whole file.
+BY_SYSTEM = ("models_test.py", "parity_test.py")
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    group = item.path.name
+    if group in BY_SYSTEM:
+      given = item.callspec.params if hasattr(item, "callspec") else {}
+      name = given["case"][0] if "case" in given else given.get("name", "")
+      group = f"{group}:{name}"
+    item.add_marker(pytest.mark.xdist_group(group))
+
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from command import ROOT
-from data_prep import card, check, convert, unpickle
-from mmjax import data, padding, synthetic
+from data_prep import card, convert
+from mmjax import data, files, padding, synthetic, unpickle
 
 ARRAYS = synthetic.make_arrays(seed=2, num_train=12, num_valid=4, num_test=4)
 
@@ -119,12 +119,12 @@ def test_a_python_2_pickle_is_read(tmp_path):
 def test_a_broken_file_is_named(tmp_path, content):
   (tmp_path / "cut.pkl").write_bytes(content)
   with pytest.raises(data.DataError, match=r"cut\.pkl: this is no whole pickle"):
-    check.read(tmp_path / "cut.pkl", "any")
+    files.read([tmp_path / "cut.pkl"])
 
 
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(data.DataError, match=r"gone\.pkl: there is no such file"):
-    check.read(tmp_path / "gone.pkl", "any")
+    files.read([tmp_path / "gone.pkl"])
 
 
 # -- converting ------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_inspect_prints_the_card_again(converted):
   assert found.returncode == 0
   assert found.stdout.strip() == card.to_text(data.read_card(converted / "data", "any"))
   missing = run("inspect", "--dataset=none", f"--data_dir={converted / 'data'}")
-  assert missing.returncode == 1 and "data_prep.convert" in missing.stderr
+  assert missing.returncode == 1 and "mmjax-prepare" in missing.stderr
   assert "Traceback" not in missing.stderr
 
 

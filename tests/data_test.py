@@ -1,6 +1,8 @@
 import copy
 import logging
+import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -170,8 +172,24 @@ def test_what_a_dataset_lacks_is_named(tmp_path):
   }
   with pytest.raises(data.DataError, match="any/train: the key 'text' is missing"):
     data.from_arrays(arrays, name="any")
-  with pytest.raises(data.DataError, match="data_prep.convert"):
+  with pytest.raises(data.DataError, match="mmjax-prepare"):
     data.load(tmp_path, "any")
+
+
+def test_a_feature_file_and_its_conversion_are_the_same_dataset(tiny, tmp_path, monkeypatch):
+  (tmp_path / "tiny.pkl").symlink_to(tiny / "tiny.pkl")
+  assert data.feature_file(tiny, "tiny") is None  # converted
+  assert data.sha256(tmp_path, "tiny") == data.sha256(tiny, "tiny")
+  converted = data.load(tiny, "tiny", standardize=True)
+  monkeypatch.setitem(sys.modules, "tensorflow", None)  # not installed
+  for found in (
+    data.load(tmp_path, "tiny", standardize=True),
+    data.from_pickle(str(tiny / "tiny.pkl"), name="tiny", standardize=True),
+  ):
+    assert found.spec == converted.spec and found.ids == converted.ids
+    jax.tree.map(np.testing.assert_array_equal, found.train, converted.train)
+  with pytest.raises(data.DataError, match=r"pip install 'mmjax\[data\]'"):
+    data.load(tiny, "tiny")
 
 
 def test_names_are_known_as_a_whole():

@@ -232,3 +232,41 @@ def test_wrong_missing_sets_are_told(letters):
 def test_conditions_of_rates_need_a_mask_with_a_rate():
   with pytest.raises(types.UsageError, match="rate"):
     evaluate.parse_rates("0.3", mask=masking.drop)
+
+
+def test_what_a_grid_hides_is_counted_exactly():
+  seeds = (0, 1, 2)
+  rows = evaluate.count_missing(SPLIT, CONDITIONS, seeds, batch_size=4)
+  table = {(row["condition"], row["modality"]): row for row in rows}
+  assert len(rows) == len(table) == 3 * 4
+  steps = {name: int(getattr(SPLIT, name).valid.sum()) for name in types.MODALITIES}
+  for name in types.MODALITIES:
+    none, half, gone = (table[c, name] for c in ("0", "0.5", "la"))
+    assert {row["of steps"] for row in (none, half, gone)} == {3 * steps[name]}
+    assert none["missing steps"] == none["missing modalities"] == none["touched samples"] == 0
+    # a span covers floor(T / 2) of each sample's T steps
+    lost = (np.asarray(getattr(SPLIT, name).valid).sum(1) // 2).sum()
+    assert half["missing steps"] == 3 * lost and half["missing modalities"] == 0
+    assert half["touched samples"] == half["of samples"] == 30
+    all_of_it = name != "vision"
+    assert gone["missing modalities"] == 30 * all_of_it
+    assert gone["missing steps"] == 3 * steps[name] * all_of_it
+  whole = table["la", "all"]
+  assert (whole["missing modalities"], whole["of modalities"]) == (60, 90)
+  assert whole["missing steps"] == 3 * (steps["text"] + steps["audio"])
+  assert (whole["touched samples"], whole["of samples"]) == (30, 30)
+
+
+def test_counts_of_channels_and_of_token_ids():
+  """Channels are counted at each step; [CLS] and [SEP] are never missing, yet a text can be."""
+  channels = evaluate.rate_condition(0.5, mask=masking.family("span", axis="feature"))
+  row = evaluate.count_missing(SPLIT, [channels], [0])[1]
+  steps = int(SPLIT.audio.valid.sum())
+  assert (row["missing steps"], row["of steps"]) == (steps, 2 * steps)  # one of two channels
+  ids = SPLIT.text._replace(
+    x=np.ones(SPLIT.text.valid.shape, np.int32), seen=SPLIT.text.valid | True
+  )
+  tokens = SPLIT._replace(text=ids._replace(fill=np.full(10, 100, np.int32)))
+  row = evaluate.count_missing(tokens, [evaluate.missing_condition("l")], [0])[0]
+  inner = np.maximum(SPLIT.text.valid.sum(1) - 2, 0)
+  assert row["missing steps"] == inner.sum() and row["missing modalities"] == (inner > 0).sum()

@@ -362,6 +362,15 @@ def test_every_part_can_be_left_out():
     assert set(jax.eval_shape(loss, params, batch, key, {})[1].metrics) == names
 
 
+def test_a_run_with_msm_is_tested_at_the_rates_of_another_mask():
+  config = settings.load("hrlf", "mosi")
+  with pytest.raises(types.UsageError, match="takes no rate"):
+    build.test_mask(config)
+  settings.switch(config, "mask", "bernoulli")
+  masked = build.test_mask(config)(1.0)(jax.random.key(0), toy.make_batch(2))
+  assert not any((m.seen & m.valid[..., None]).any() for m in masked[:3])
+
+
 def test_the_student_starts_as_it_is_told():
   params = {"teacher": {"a": jnp.ones(2)}, "student": {"a": jnp.zeros(2)}}
   source: Any = None

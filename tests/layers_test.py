@@ -256,6 +256,22 @@ def test_dropout_only_with_a_key():
   assert set(np.unique(dropped)) == {0.0, 2.0}
 
 
+def test_joint_logits_are_those_of_independent_answers():
+  """Cross-entropy and divergence are the sums of the binary ones."""
+  scores = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+  joint = np.asarray(layers.joint(jnp.asarray(scores)))
+  assert joint.shape == (2, 5, 8)
+  each = jax.nn.log_softmax(scores.reshape(2, 5, 3, 2))
+  whole = jax.nn.log_softmax(joint)
+  for answer in range(8):
+    picked = sum(each[:, :, k, answer >> k & 1] for k in range(3))
+    np.testing.assert_allclose(whole[..., answer], picked, atol=1e-5)
+  np.testing.assert_array_equal(joint.argmax(-1), np.asarray(each).argmax(-1) @ [1, 2, 4])
+  divergence = (np.exp(whole[0]) * (whole[0] - whole[1])).sum(-1)
+  parts = (np.exp(each[0]) * (each[0] - each[1])).sum((-1, -2))
+  np.testing.assert_allclose(divergence, parts, atol=1e-5)
+
+
 class Tower(nn.Module):
   dropout: float
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.parity.goldens import masks as golden
-from mmjax import masking, types
+from mmjax import masking, registry, types
 
 DATA = pathlib.Path(__file__).parent / "data"
 MOSTLY = 1e-4  # p-value below which a distribution counts as wrong
@@ -24,14 +24,20 @@ MASKS = {
   "mixture": masking.mixture([masking.span(0.3), masking.drop(("audio",))]),
   "compose": masking.compose([masking.span(0.3), masking.bernoulli(0.2)]),
   "msm": masking.msm(),
+  "frames": masking.frames((0.2, 0.8)),
+  "blocks": masking.blocks((0.2, 0.8)),
+  "imder": masking.imder((0.1, 0.7)),
 }
 
 
 DRAWN = {
   "bernoulli": [1023, 1023, 1023, 176, 1023, 1023, 1018, 1023],
   "compose": [127, 571, 575, 967, 911, 993, 31, 760],
+  "blocks": [771, 975, 1016, 897, 639, 799, 1009, 7],
   "drop": [1023, 1023, 1023, 1023, 1023, 1023, 1023, 1023],
+  "frames": [314, 982, 497, 361, 381, 648, 948, 534],
   "gcnet": [0, 1023, 0, 1023, 1023, 1023, 0, 1023],
+  "imder": [0, 1023, 1023, 1023, 1023, 1023, 0, 1023],
   "mixture": [0, 575, 575, 967, 911, 995, 0, 0],
   "msm": [0, 1019, 239, 7, 0, 0, 0, 767],
   "random_drop": [1023, 1023, 0, 0, 0, 1023, 1023, 1023],
@@ -373,6 +379,67 @@ def test_msm_leaves_each_set_equally_often_and_drops_steps_of_what_it_leaves():
   assert not masking.takes_rate(masking.msm)
 
 
+def test_frames_drops_exactly_the_ratio_and_every_set_of_steps_alike():
+  batch = make_batch(tokens=False)
+  for rate in (0.0, 0.35, 1.0):
+    for name, seen in seen_of(draw(masking.frames(rate), batch)).items():
+      valid = np.asarray(getattr(batch, name).valid)
+      lost = (valid & ~seen[..., 0]).sum(1)
+      np.testing.assert_array_equal(lost, np.floor(valid.sum(1) * np.float32(rate)))
+  # two of four steps: six sets, each one in six
+  drawn = seen_of(draw(masking.frames(0.5), many(3000, 4)))
+  sets, counts = np.unique(drawn["audio"][..., 0], axis=0, return_counts=True)
+  assert sets.sum(1).tolist() == [2] * 6
+  np.testing.assert_allclose(counts / 3000, 1 / 6, atol=0.03)
+  assert (drawn["audio"] != drawn["text"]).any()
+
+
+def test_blocks_take_the_same_steps_of_all_modalities():
+  seen = seen_of(draw(masking.blocks((0.2, 0.8)), many(300)))
+  np.testing.assert_array_equal(seen["text"], seen["audio"])
+  np.testing.assert_array_equal(seen["text"], seen["vision"])
+  steps = seen["text"][..., 0]
+  lost = (~steps).sum(1)
+  assert lost.min() >= 4 and lost.max() < 16 and len(np.unique(lost)) > 5
+  edges = np.abs(np.diff(np.pad(steps, ((0, 0), (1, 1)), constant_values=True).astype(int))).sum(1)
+  assert (edges == 2).all()  # one block
+  assert len(np.unique(steps.argmin(1))) > 10
+  own = seen_of(draw(masking.blocks({"audio": 0.5}), many(8)))  # rates may differ
+  assert own["text"].all() and own["vision"].all() and missing_rate(own["audio"]).max() == 0.5
+
+
+def test_available_leaves_what_it_names():
+  seen = seen_of(draw(masking.available(("text", "vision")), many(3, 4)))
+  assert seen["text"].all() and seen["vision"].all() and not seen["audio"].any()
+  with pytest.raises(types.UsageError, match="'l'"):
+    masking.available("l")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4, 0.55, 0.7])
+def test_imder_deals_out_numbers_of_modalities_as_published_to_any_order_of_samples(rate):
+  batch = many(length=3)
+  seen = np.stack([s[:, 0, 0] for s in seen_of(draw(masking.imder(rate), batch, 5)).values()], 1)
+  left = seen.sum(1)
+  one, two = (
+    np.interp(rate, np.arange(8) / 10, t)
+    for t in ([0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1], [0, 0.1, 0.2, 0.3, 0.2, 0.1, 0, 0])
+  )
+  np.testing.assert_allclose(
+    np.bincount(left, minlength=4) / 4000, [0, one, two, 1 - one - two], atol=0.025
+  )
+  np.testing.assert_allclose((~seen).mean(0), (2 * one + two) / 3, atol=0.025)  # all alike
+  # the first samples lose no more than the last ones
+  np.testing.assert_allclose(left[:2000].mean(), left[2000:].mean(), atol=0.07)
+  if rate == 0.7:
+    np.testing.assert_array_equal(left, 1)
+
+
+def test_imder_refuses_rates_that_it_has_not():
+  for wrong, told in ((0.8, "at most 0.7"), ({"text": 0.3}, "one rate for all")):
+    with pytest.raises(types.UsageError, match=told):
+      masking.imder(wrong)
+
+
 def test_a_mixture_draws_one_mask_for_each_sample_by_its_shares():
   batch = many(length=8)
   masks = [{"name": "drop", "missing": [name]} for name in types.MODALITIES]
@@ -666,6 +733,16 @@ def test_masks_in_words():
   found = masking.describe("mixture", masks=masks, shares=[1, 2, 3])
   assert "missing text + audio)" in found and "rate text 0.1)" in found and "1 + 2 + 3" in found
   assert all(masking.describe(name) for name in masking.MASKS)
+
+
+def test_every_swept_mask_says_what_its_rate_is_a_rate_of():
+  """Authors mean other things by a missing rate: a symbol, and in words of what."""
+  for name, factory in masking.MASKS.items():
+    if "rate" in (registry.settings_of(factory) or {}) and name not in ("mixture", "compose"):
+      symbol, _, words = masking.quantity(name).partition(", ")
+      assert symbol in ("r", "p", "MR") and len(words) > 20, name
+  assert masking.quantity("bernoulli") == "p, probability of each step to go missing"
+  assert masking.quantity("drop") == "missing rate"
 
 
 # --- no leakage

@@ -103,6 +103,25 @@ def test_classification_agrees_with_scikit_learn():
   assert [found[f"f1_{c}"] for c in range(4)] == pytest.approx(list(per_class))
 
 
+def test_binary_problems_by_hand():
+  """Two problems; answers 0: neither, 1: the first, 2: the second, 3: both."""
+  label = [1, 2, 3, 0, 1]
+  found = metrics.binary(np.eye(4)[[1, 2, 1, 2, 1]], label, ("happy", "sad"))
+  # happy: all right; sad: yes of 2 and 3, said of the second and the fourth
+  assert found["f1_happy"] == 1
+  no, yes = 2 * 2 / (3 + 3), 2 * 1 / (2 + 2)
+  assert found["f1_sad"] == pytest.approx((3 * no + 2 * yes) / 5)
+  assert found["f1"] == pytest.approx((1 + found["f1_sad"]) / 2)
+  assert found["acc"] == pytest.approx((5 + 3) / 10)
+  spec = SPEC._replace(num_classes=4, problems=("happy", "sad"))
+  assert metrics.compute(spec, np.eye(4)[[1, 2, 1, 2, 1]], label, swapped=True) == found
+  assert set(metrics.names(spec)) == set(found) and metrics.scale_of(spec) == "binary"
+  assert metrics.names(spec) == ("acc", "f1", "f1_happy", "f1_sad")
+  assert "binary" in metrics.info("f1_sad").needs
+  with pytest.raises(ValueError, match="4 logits"):
+    metrics.binary(np.eye(4)[[0]], [4], ("happy", "sad"))
+
+
 def test_edges_give_no_warning():
   with warnings.catch_warnings():
     warnings.simplefilter("error")

@@ -8,8 +8,11 @@ import collections
 import functools
 import itertools
 import json
+from unittest import mock
 
+import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -168,7 +171,6 @@ class Case:
     self.name, self.spec = name, make_spec(tokens, num_classes)
     self.system = models.MODELS[name](**SETTINGS[name])
     self.batch = self.make_batch()
-    self.init = jax.jit(lambda key: self.system.init(key, self.spec))
     self.params, self.extra = self.init(make_key(0))
     self.traces = collections.Counter()
     self.predict = jax.jit(self.counted("predict", self.system.predict))
@@ -177,6 +179,19 @@ class Case:
       phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
       for phase in self.system.phases
     }
+
+  def init(self, key):
+    """`System.init`, draw by draw: equal draws of all systems then share a program."""
+    of_shapes = nn.Module.lazy_init
+
+    def init(module, key, *args, **kwargs):
+      args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+      with mock.patch.object(nn.Module, "init", whole):
+        return of_shapes(module, key, *args, **kwargs)
+
+    whole = nn.Module.init
+    with mock.patch.object(nn.Module, "init", init), mock.patch.object(jax, "jit", lambda f: f):
+      return self.system.init(key, self.spec)
 
   def make_batch(self, seed=0):
     """`make_batch`; for a system of conversations, a conversation of two speakers."""
@@ -202,7 +217,7 @@ def step(params, grads, length):
   return jax.tree.map(lambda p, g: p - np.float32(length / norm) * g, params, grads)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # programs take memory
 def make_case(name: str, kind: str) -> Case:
   return Case(name, *{"regression": (False, 0), "classification": (True, 3)}[kind])
 
@@ -238,6 +253,32 @@ def case(request) -> Case:
 
 def test_every_model_has_settings():
   assert SETTINGS.keys() == models.MODELS.keys()
+
+
+def traced(name):
+  """A system of binary problems, its batch, and the shapes of its parameters; nothing compiles."""
+  case = Case.__new__(Case)
+  case.spec = make_spec(False, 8)._replace(problems=("happy", "sad", "angry"))
+  case.system = models.MODELS[name](**SETTINGS[name])
+  return case, case.make_batch(), jax.eval_shape(lambda: case.system.init(make_key(0), case.spec))
+
+
+def test_every_system_takes_binary_problems():
+  """They are classes to it; its head's shape tells them from as many plain classes."""
+  for name in models.MODELS:
+    case, batch, (params, extra) = traced(name)
+    assert (3, 2) in [leaf.shape for leaf in jax.tree.leaves(params)], name
+    found = jax.eval_shape(case.system.predict, params, batch, extra)
+    assert found["prediction"].shape == (ROWS, 8), name
+
+
+@pytest.mark.slow
+def test_every_system_trains_on_binary_problems():
+  for name in models.MODELS:
+    case, batch, (params, extra) = traced(name)
+    for phase in case.system.phases:
+      value, _ = jax.eval_shape(phase.loss, params, batch, make_key(1), extra)
+      assert value.shape == (), name
 
 
 def test_unknown_settings_are_refused():
@@ -329,6 +370,16 @@ def test_predictions_have_the_tasks_shape(case):
   assert prediction.shape == ((ROWS, classes) if classes else (ROWS,))
   assert np.isfinite(prediction).all()
   assert out["feature"].shape[0] == ROWS and out["feature"].ndim == 2
+
+
+def test_predictions_are_traced_for_any_number_of_rows(case):
+  """So that `serving.export` can."""
+  if case.system.conversations:
+    pytest.skip("it is not exported: its rows depend on each other")
+  (rows,) = jax.export.symbolic_shape("b")
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), case.batch)
+  found = jax.eval_shape(case.system.predict, case.params, shapes, case.extra)
+  assert found["prediction"].shape[0] == rows
 
 
 @pytest.mark.parametrize(

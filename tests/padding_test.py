@@ -212,7 +212,7 @@ def test_rows_without_anything_stay():
 def test_the_card_counts_moved_rows(tmp_path):
   path = synthetic.write_pickle(tmp_path / "a.pkl", arranged(front=["audio"]))
   checked = check.check(arranged(front=["audio"]), "a.pkl", "any", own=True)
-  found = card.make_card(checked, path, "any", "tfrecord")
+  found = card.make_card(checked, [path], "any", "tfrecord")
   assert 20 <= found["moved"]["train"]["audio"] <= 24
   count = found["moved"]["valid"]["audio"]
   text = f"note: valid/audio: {count} of 8 rows were padded in front"

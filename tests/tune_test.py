@@ -17,6 +17,7 @@ optuna = pytest.importorskip("optuna")
 
 from command import ROOT, call, final, refused, start  # noqa: E402
 from experiments import trials, workdir  # noqa: E402
+from mmjax import runs  # noqa: E402
 
 SPACE = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -69,7 +70,7 @@ def test_a_search_ends_in_a_config_and_goes_on_with_more_trials(folder):
   best = min(found, key=lambda number: found[number].value)
   for number, one in found.items():
     path = out / "trials" / f"{number:04d}"
-    config = workdir.read_config(path)["run"]["config"]
+    config = runs.read_config(path)["run"]["config"]
     assert config["optimizer"]["learning_rate"] == one.params["optimizer.learning_rate"]
     assert config["method"]["optimizer"]["name"] == one.params["method.optimizer.name"]
     log = [line["valid"]["mae"] for line in workdir.history(path)]

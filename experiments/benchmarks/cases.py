@@ -192,7 +192,8 @@ def _linen_lstm(x, valid, w_ih, w_hh, bias, *, reverse=False):
     reverse=reverse,
     keep_order=True,
   )
-  (_, final), states = rnn.apply({"params": {"cell": kernels}}, x, seq_lengths=valid.sum(0))
+  applied: Any = rnn.apply({"params": {"cell": kernels}}, x, seq_lengths=valid.sum(0))
+  (_, final), states = applied
   return jnp.where(valid[:, :, None], states, 0), final
 
 

@@ -15,6 +15,7 @@ import pathlib
 import statistics
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +93,10 @@ def compare(name: str, model: str, order: int, k: int) -> list[dict]:
     if peer not in asked or (peer in (*peers.BY_HAND, "linen") and not by_hand):
       continue
     in_jax = cases.make_linen_step(case, order, k) if peer == "linen" else None
-    theirs = None if in_jax else peers.make_step(peer, module, order, k, cases.RATE)
+    theirs: Any = in_jax or peers.make_step(peer, module, order, k, cases.RATE)
 
     def run_theirs(theirs=theirs, in_jax=in_jax):
-      return in_jax.run() if in_jax else theirs(support, query)
+      return theirs.run() if in_jax else theirs(support, query)
 
     try:
       expected = run_theirs()

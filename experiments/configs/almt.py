@@ -4,7 +4,7 @@ python -m experiments.train --config=almt:mosi \
     --data_dir=data --workdir=runs/almt --method=spl --missing_rate=0,1
 """
 
-from experiments.configs import common
+from . import common
 
 FUSION_DEPTH = {"mosi": 2, "mosei": 4, "sims": 2}
 

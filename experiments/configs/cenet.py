@@ -4,7 +4,7 @@ python -m experiments.train --config=cenet:mosi \
     --data_dir=data --workdir=runs/cenet --method=spl --missing_rate=0,1
 """
 
-from experiments.configs import common
+from . import common
 
 # MMSA's settings per dataset.
 OPTIMIZER = {

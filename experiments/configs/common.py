@@ -9,13 +9,15 @@ import ml_collections
 # Datasets whose labels are classes; every other one is regression.
 CLASSIFICATION = ("iemocap",)
 BERT = dict(folder="")  # of a BERT's files, where config.data.text is "tokens"
-# Sets of changes that `experiments.ablate` can make to every model (LNLN's Table 6).
+# Sets of changes that `experiments.ablate` can make to every model: LNLN's Table 6, and the method
+# under a protocol that has another.
 ABLATIONS = {
+  "m3s": {"in M³S": {"method.name": "m3s"}},
   "modalities": {
     "w/o language": {"mask.drop": ("text",)},
     "w/o audio": {"mask.drop": ("audio",)},
     "w/o vision": {"mask.drop": ("vision",)},
-  }
+  },
 }
 
 
@@ -36,6 +38,7 @@ def get_config(dataset: str) -> Any:
   config.data = dict(
     name=dataset,
     text="features",  # "features": precomputed; "tokens": raw ids through a BERT
+    # "binary": IEMOCAP's emotions, each a problem of its own
     task="classification" if dataset in CLASSIFICATION else "regression",
     stream=False,  # leave the training split on disk, for data larger than the memory
     standardize=False,  # audio and vision by the training split's mean and std

@@ -7,7 +7,7 @@ Margins, rates, rows and epochs are what we know of the paper at second hand, un
 teacher trains as long as the student (ours).
 """
 
-from experiments.configs import common
+from . import common
 
 # What `experiments.ablate` changes.
 ABLATIONS = {

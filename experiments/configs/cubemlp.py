@@ -6,7 +6,7 @@ python -m experiments.train --config=cubemlp:mosi \
 Audio and vision that are not aligned to words need `--config.model.pack=own`.
 """
 
-from experiments.configs import common
+from . import common
 
 # The authors' settings per dataset, where they differ from the model's own: MOSI's.
 MODEL = {"mosi": dict()}

@@ -4,7 +4,7 @@ python -m experiments.train --config=dmd:mosi \
     --data_dir=data --workdir=runs/dmd --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 # The authors' settings per dataset, where they differ from the model's own: MOSI's. Threes are of
 # text, audio, vision.

@@ -8,7 +8,7 @@ A sample is a conversation, the utterances of one video. The authors search, for
 missing rate, h in 50, 100, 200, windows from 1 to 4, with and without attention over time.
 """
 
-from experiments.configs import common
+from . import common
 
 # Per dataset, where they differ from the model's own.
 MODEL = {

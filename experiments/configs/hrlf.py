@@ -8,7 +8,7 @@ The teacher trains as long as the student; the paper does not say how long it do
 
 import ml_collections
 
-from experiments.configs import common
+from . import common
 
 PARTS = {
   part: {f"w/o {part.upper()}": {f"model.{part}_weight": 0.0}}

@@ -4,7 +4,7 @@ python -m experiments.train --config=lmf:mosi \
     --data_dir=data --workdir=runs/lmf --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 # MMSA's settings per dataset, where they differ from the model's own: MOSI's.
 MODEL = {

@@ -4,7 +4,7 @@ python -m experiments.train --config=lnln:mosi \
     --data_dir=data --workdir=runs/lnln --method=spl --missing_rate=0,1
 """
 
-from experiments.configs import common
+from . import common
 
 # What `experiments.ablate` changes: Tables 4, 5 and 7 of the paper, and what its equations say
 # where the authors' code says otherwise.

@@ -6,7 +6,7 @@ python -m experiments.train --config=mctn:mosi \
 `--config.model.over=batch` is MMSA's published variant, see `mmjax/models/mctn.py`.
 """
 
-from experiments.configs import common
+from . import common
 
 # MMSA's settings per dataset, where they differ from the model's own: MOSI's.
 MODEL = {"mosi": dict()}

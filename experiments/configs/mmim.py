@@ -4,7 +4,7 @@ python -m experiments.train --config=mmim:mosi \
     --data_dir=data --workdir=runs/mmim --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 MI_SHARE = {"mosi": 1.0, "mosei": 0.5, "sims": 1.0}
 

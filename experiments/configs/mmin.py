@@ -4,7 +4,7 @@ python -m experiments.train --config=mmin:iemocap \
     --data_dir=data --workdir=runs/mmin --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 TEACHER_EPOCHS = 20  # our choice: neither paper says how long the teacher trains
 NETWORKS = ("encoders/audio", "encoders/text", "encoders/vision", "imagine", "cycle", "classifier")

@@ -4,7 +4,7 @@ python -m experiments.train --config=mult:mosi \
     --data_dir=data --workdir=runs/mult --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 # MMSA's settings per dataset, where they differ from the model's own: MOSI's. Threes are of text,
 # audio, vision.

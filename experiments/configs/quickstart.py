@@ -3,7 +3,7 @@
 python -m experiments.quickstart
 """
 
-from experiments.configs import misa
+from . import misa
 
 
 def get_config(dataset: str = "synthetic"):

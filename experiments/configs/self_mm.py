@@ -4,7 +4,7 @@ python -m experiments.train --config=self_mm:sims \
     --data_dir=data --workdir=runs/self_mm --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 # MMSA's settings per dataset: of the model, where they differ from its own (MOSI's), and of the
 # parts' optimizers. Pairs are of audio and vision, fours of the heads: fusion, text, audio, vision.

@@ -7,7 +7,7 @@ A fifth of the training samples is complete, the others lack modalities before a
 training method (`--config.model.complete_share=0.1`; 1 leaves all to the method's masks).
 """
 
-from experiments.configs import common
+from . import common
 
 # The settings per dataset, where they differ from the model's own.
 MODEL = {"mosi": dict(inner_rate=1e-4)}

@@ -4,7 +4,7 @@ python -m experiments.train --config=tetfn:mosi \
     --data_dir=data --workdir=runs/tetfn --method=spl --missing_rate=0,1
 """
 
-from experiments.configs import common
+from . import common
 
 # What differs from the model's own settings: MMSA's for MOSI. Pairs are of audio and vision, fours
 # of the heads: fusion, text, audio, vision.

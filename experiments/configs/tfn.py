@@ -4,7 +4,7 @@ python -m experiments.train --config=tfn:mosi \
     --data_dir=data --workdir=runs/tfn --method=m3s --missing_rate=0.4,0.6
 """
 
-from experiments.configs import common
+from . import common
 
 # MMSA's settings per dataset, where they differ from the model's own: MOSI's.
 MODEL = {

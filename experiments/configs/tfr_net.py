@@ -4,7 +4,7 @@ python -m experiments.train --config=tfr_net:mosi \
     --data_dir=data --workdir=runs/tfr_net --method=spl --missing_rate=0,1
 """
 
-from experiments.configs import common
+from . import common
 
 MODEL = {"mosi": dict()}  # the model's own settings are MMSA's for MOSI
 

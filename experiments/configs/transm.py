@@ -7,7 +7,7 @@ The settings are a public re-implementation's, of all datasets; the paper's own 
 wide as HRLF it is with --config.model.size=40 --config.model.heads=10.
 """
 
-from experiments.configs import common
+from . import common
 
 
 def get_config(dataset: str = "mosi"):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.parity import goldens
+from . import goldens
 
 # A tensor that should be zero (the bias of attention keys has no gradient) holds rounding noise
 # on both sides; its error is taken relative to this share of the group's largest magnitude.
@@ -37,7 +37,7 @@ def find(path: pathlib.Path):
   known = [name for name in names() if stem.startswith(name)]
   if not known:
     raise ValueError(f"the file's name starts with none of {', '.join(names())}.")
-  return importlib.import_module(f"experiments.parity.goldens.{max(known, key=len)}")
+  return importlib.import_module(f"{__package__}.goldens.{max(known, key=len)}")
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:

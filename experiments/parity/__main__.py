@@ -13,7 +13,7 @@ import jax
 import tabulate
 from absl import app, flags
 
-from experiments import parity
+from .. import parity
 
 _GOLDEN = flags.DEFINE_string("golden", None, "The recorded file, NAME.npz or NAME-….npz.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Largest relative error.")

@@ -1,17 +1,16 @@
-"""Means over the missing data: areas, differences, the LNLN paper's values beside ours."""
+"""Means over the missing data: areas, differences, a paper's values beside ours."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.report import methods
 from mmjax import metrics, tables
 
-PAPER = pathlib.Path(__file__).with_name("paper_lnln.csv")
-KEYS = ("model", "kind", "condition", "seed", "mask_seed")
+from . import papers
+
+KEYS = ("model", "split", "selection", "kind", "condition", "seed", "mask_seed")
 
 
 def area(table: pd.DataFrame, metric: str) -> pd.Series:
@@ -63,47 +62,44 @@ def averages(rows: Sequence[dict], kind: str = "rate") -> pd.DataFrame:
   return average
 
 
-def differences(rows: Sequence[dict], baseline: str) -> pd.DataFrame:
-  """Ablations: per variant, the means over the missing rates against the baseline's.
+def differences(rows: Sequence[dict], baseline: str, kind: str = "rate") -> pd.DataFrame:
+  """Per model, the means over the conditions of a kind against the baseline's.
 
-  Columns per metric m: m, "Δ m", and "p m" of Welch's two-tailed t-test over the
-  training seeds.
+  Columns per metric m: m, "Δ m", "p m" of Welch's two-tailed t-test over the training seeds, and
+  "Holm p m", corrected for the number of models that are compared.
   """
-  runs = run_averages(rows)
+  runs = run_averages(rows, kind)
   names = [name for name in metrics.METRICS if name in runs[0]]
   runs = [{key: row[key] for key in ("model", "seed", *names)} for row in runs]
   found = tables.against(runs, by="model", baseline=baseline)
   parts = []
   groups: Any = found.groupby("metric", sort=False)
   for metric, part in groups:
-    part = part.set_index("model")[["mean", "delta", "p"]]
-    parts.append(part.rename(columns={"mean": metric, "delta": f"Δ {metric}", "p": f"p {metric}"}))
+    part = part.set_index("model")[["mean", "delta", "p", "p_holm"]]
+    parts.append(part.set_axis([metric, f"Δ {metric}", f"p {metric}", f"Holm p {metric}"], axis=1))
   return pd.concat(parts, axis=1).reset_index()
 
 
-def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
-  """Long table: condition, model, metric, ours, std, and the paper's value where it has one.
+def beside_paper(rows: Sequence[dict], paper: pd.DataFrame) -> pd.DataFrame:
+  """Long table: condition, model, metric, ours, std, the paper's value where it has one, its note.
 
-  The condition "rate=average" is over all missing rates. The paper's accuracies and F1 are
-  percentages; they are divided by 100 here. A metric "…_swapped" has no other value to stand
-  beside than the one that the paper may have computed so.
+  The condition "rate=average" is over all missing rates. A metric "…_swapped" has no other value to
+  stand beside than the one that the paper may have computed so.
+
+  Args:
+    rows: long results.
+    paper: of `papers.read`.
+
+  Returns:
+    The table.
   """
-  paper: Any = pd.read_csv(PAPER, dtype={"table": str})
-  paper = paper[paper["dataset"].str.lower() == dataset.lower()]
-  percent = ~paper["metric"].isin(["mae", "corr"])
-  paper["value"] = paper["value"].where(~percent, paper["value"] / 100)
-  keys = paper["condition"] + " " + paper["method"].map(methods.plain) + " " + paper["metric"]
-  values = dict(zip(keys, paper["value"], strict=True))
-  table = tables.summarize(rows, ("kind", "condition", "model")).to_dict("records")
-  for row in table:
-    row["condition"] = f"{row['kind']}={row['condition']}"
-  for kind in sorted({row["kind"] for row in rows}):
-    means = tables.summarize(run_averages(rows, kind), ("model",))
-    table = means.assign(condition=f"{kind}=average").to_dict("records") + table
+  keys = paper["condition"] + " " + paper["method"].map(papers.plain) + " " + paper["metric"]
+  values = {key: row for key, row in zip(keys, paper.to_dict("records"), strict=True)}
   found = []
-  for row in table:
+  for row in _with_averages(rows, rows):
     for metric in metric_names(rows):
-      key = f"{row['condition']} {methods.plain(row['model'])} {metric.removesuffix('_swapped')}"
+      key = f"{row['condition']} {papers.plain(row['model'])} {metric.removesuffix('_swapped')}"
+      printed = values.get(key, {})
       found.append(
         {
           "condition": row["condition"],
@@ -111,7 +107,76 @@ def beside_paper(rows: Sequence[dict], dataset: str) -> pd.DataFrame:
           "metric": metric,
           "ours": row[metric],
           "std": row[f"{metric}_std"],
-          "paper": values.get(key),
+          "paper": printed.get("value"),
+          "note": printed.get("note", ""),
         }
       )
   return pd.DataFrame(found)
+
+
+def _with_averages(rows: Sequence[dict], runs: Sequence[dict]) -> list[dict]:
+  """Means and deviations by model and condition, "rate=0.5", and of each kind "rate=average".
+
+  The deviations of conditions are those of `runs`, the averages' are over the training seeds.
+  """
+  table = tables.summarize(runs, ("kind", "condition", "model")).to_dict("records")
+  for row in table:
+    row["condition"] = f"{row['kind']}={row['condition']}"
+  for kind in sorted({row["kind"] for row in rows}):
+    means = tables.summarize(run_averages(rows, kind), ("model",))
+    table = means.assign(condition=f"{kind}=average").to_dict("records") + table
+  return table
+
+
+def as_printed(
+  rows: Sequence[dict],
+  paper: pd.DataFrame | None,
+  layout: Sequence[tuple[str, str, str]],
+  metric: str,
+) -> pd.DataFrame:
+  """A table as a paper prints it: of each system our values, and below them the paper's.
+
+  Args:
+    rows: long results.
+    paper: of `papers.read`, whose further systems follow; or None.
+    layout: the columns: title, kind of condition, condition.
+    metric: whose values.
+
+  Returns:
+    The columns "model", "values" ("ours" or "paper"), "n", and for each title its mean and
+    "TITLE_std", over the training seeds; empty where there is nothing.
+  """
+  ours: dict[str, dict] = {}
+  keys = ["model", "kind", "condition", "seed"]  # a training counts once, whatever its test masks
+  groups: Any = pd.DataFrame(rows).groupby(keys, sort=False)[metric]
+  runs = groups.mean().reset_index()
+  for row in _with_averages(rows, runs.to_dict("records")):
+    ours.setdefault(row["model"], {})[row["condition"]] = row
+  printed: dict[str, dict] = {}
+  own: Any = pd.DataFrame() if paper is None else paper[paper["metric"] == metric]
+  for row in own.to_dict("records"):
+    printed.setdefault(row["method"], {})[row["condition"]] = row["value"]
+  names = {papers.plain(name): name for name in printed}
+
+  def line(model, values, n, cells):
+    found = {"model": model, "values": values, "n": n}
+    for title, cell in cells.items():
+      found |= {title: cell[0], f"{title}_std": cell[1]}
+    return found
+
+  def of_paper(name):
+    cells = {t: (printed[name].get(f"{kind}={c}"), None) for t, kind, c in layout}
+    return line(name, "paper", 1, cells)
+
+  found = []
+  for model, by in ours.items():
+    cells = {t: by.get(f"{kind}={c}", {}) for t, kind, c in layout}
+    n = max((cell.get("n", 0) for cell in cells.values()), default=0)
+    pairs = {t: (cell.get(metric), cell.get(f"{metric}_std")) for t, cell in cells.items()}
+    found.append(line(model, "ours", n, pairs))
+    if name := names.pop(papers.plain(model), None):
+      found.append(of_paper(name))
+  found += [of_paper(name) for name in names.values()]
+  table = pd.DataFrame(found)
+  titles = [title for title, _, _ in layout]
+  return table.astype({t: float for t in (*titles, *(f"{t}_std" for t in titles))})

@@ -8,6 +8,8 @@ import pandas as pd
 
 from mmjax import tables
 
+from . import papers
+
 PAPER = pathlib.Path(__file__).with_name("paper_m3s.csv")
 
 
@@ -24,7 +26,7 @@ def comparison(
   """Prints and writes methods against a baseline: `comparison.csv`, `.md` and `.tex`.
 
   Args:
-    rows: long results with "missing_rate", "method", "seed" and "condition".
+    rows: long results with "missing_rate", "method", "split", "selection", "seed" and "condition".
     out: the output folder.
     paper: the paper's values ("model", "dataset", "input_rate", "test_rate", "method",
       "metric", "value"), shown beside ours where it has them.
@@ -36,12 +38,14 @@ def comparison(
     The table, see `tables.against`, with the columns "missing_rate", "test_rate" and "paper".
   """
   same: Any = paper[
-    paper["model"].map(plain).eq(plain(model)) & paper["dataset"].map(plain).eq(plain(dataset))
+    paper["model"].map(papers.plain).eq(papers.plain(model))
+    & paper["dataset"].map(papers.plain).eq(papers.plain(dataset))
   ]
   keys = ["input_rate", "test_rate", "method", "metric"]
   values = same.drop_duplicates(keys).set_index(keys)["value"]
   frame: Any = pd.DataFrame(rows)
   frame = frame[frame["condition"].isin(conditions)]
+  told = frame.drop_duplicates("method").set_index("method")
   found = []
   for (rate, test_rate), part in frame.groupby(["missing_rate", "condition"], sort=False):
     table = tables.against(part, by="method", baseline=baseline)
@@ -49,16 +53,17 @@ def comparison(
     table["paper"] = [values.get((rate, test_rate, *pair)) for pair in pairs]
     table.insert(0, "missing_rate", rate)
     table.insert(1, "test_rate", test_rate)
+    for column in ("split", "selection"):
+      table[column] = told[column].reindex(table["method"]).to_numpy()
     found.append(table)
   table = pd.concat(found, ignore_index=True)
   out = pathlib.Path(out)
   table.to_csv(out / "comparison.csv", index=False)
   pairs = zip(table["mean"], table["std"], strict=True)
   shown: Any = table.assign(**{"mean ± std": [f"{mean:.4f} ± {std:.4f}" for mean, std in pairs]})
-  shown = shown[
-    ["missing_rate", "test_rate", "metric", "method", "n", "mean ± std", "delta", "p", "paper"]
-  ]
-  shown = shown.astype({"p": object, "paper": object}).where(shown.notna(), None)
+  numbers = ["n", "mean ± std", "delta", "p", "p_holm", "paper"]
+  shown = shown[["missing_rate", "test_rate", "metric", "method", *numbers, "split", "selection"]]
+  shown = shown.astype(dict.fromkeys(("p", "p_holm", "paper"), object)).where(shown.notna(), None)
   formats = dict(index=False, floatfmt=".4f", missingval="")
   print(shown.to_markdown(tablefmt="simple", **formats))
   (out / "comparison.md").write_text(shown.to_markdown(**formats) + "\n", encoding="utf-8")
@@ -66,8 +71,3 @@ def comparison(
     shown.to_markdown(tablefmt="latex_booktabs", **formats) + "\n", encoding="utf-8"
   )
   return table
-
-
-def plain(name: str) -> str:
-  """ "Self-MM", "self_mm" -> "selfmm"."""
-  return name.lower().replace("-", "").replace("_", "")

@@ -1,12 +1,13 @@
 """What predictions and representations look like: confusion, collapse, a plane."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 import sklearn.metrics
-from sklearn import decomposition
+import threadpoolctl
+from sklearn import decomposition, manifold
 
 from mmjax import plots, types
 
@@ -39,12 +40,39 @@ def laziness(
   return pd.DataFrame(found)
 
 
-def view(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Fig. 8: {condition: [N, D]} -> {condition: [N, 2]}, principal components of the first one."""
-  first = next(iter(features.values()))
-  components = decomposition.PCA(min(2, *first.shape)).fit(first)
-  flat = {f"rate {name}": components.transform(values) for name, values in features.items()}
-  return {name: np.pad(p, ((0, 0), (0, 2 - p.shape[1]))) for name, p in flat.items()}
+def view(features: Mapping[str, np.ndarray], how: str = "pca") -> dict[str, np.ndarray]:
+  """{condition: [N, D]} -> {"rate CONDITION": [N, 2]}, by one of `VIEWS`."""
+  flat = VIEWS[how](list(features.values()))
+  return {
+    f"rate {name}": np.pad(p, ((0, 0), (0, 2 - p.shape[1])))
+    for name, p in zip(features, flat, strict=True)
+  }
+
+
+def _principal(clouds: list[np.ndarray]) -> list[np.ndarray]:
+  """The plane of the first cloud's principal components (LNLN's Fig. 8)."""
+  components = decomposition.PCA(min(2, *clouds[0].shape)).fit(clouds[0])
+  return [components.transform(cloud) for cloud in clouds]
+
+
+def _neighbours(clouds: list[np.ndarray]) -> list[np.ndarray]:
+  """t-SNE of all clouds together."""
+  points = np.concatenate(clouds).astype(np.float64)
+  dims = min(2, points.shape[1])
+  perplexity = min(30.0, (len(points) - 1) / 3)
+  made = manifold.TSNE(dims, perplexity=perplexity, init="pca", random_state=0)
+  # one thread: the same bits on any machine, and no threads that wait for each other on a busy one
+  with threadpoolctl.threadpool_limits(1):
+    flat = made.fit_transform(points)
+  return np.split(flat, np.cumsum([len(cloud) for cloud in clouds])[:-1])
+
+
+# How representations become points of a plane: [N, D] each -> [N, 2] each.
+VIEWS: dict[str, Callable[[list[np.ndarray]], list[np.ndarray]]] = {
+  "pca": _principal,
+  "tsne": _neighbours,
+}
+TITLES = {"pca": "two principal components", "tsne": "t-SNE of all together"}
 
 
 def confusion_figure(shown, label, spec, out) -> pathlib.Path:
@@ -52,6 +80,9 @@ def confusion_figure(shown, label, spec, out) -> pathlib.Path:
   truth = classes_of(label, spec)
   low, high = (round(end) for end in spec.label_range)
   names = list(range(spec.num_classes)) if spec.num_classes else list(range(low, high + 1))
+  if spec.problems:  # of all sets of yes, those that occur
+    seen = [classes_of(values, spec) for one in shown.values() for values in one.values()]
+    names = sorted(set(np.concatenate([truth, *seen]).tolist()))
   found = {
     f"{model}, rate {condition}": sklearn.metrics.confusion_matrix(
       truth, classes_of(values, spec), labels=names
@@ -60,4 +91,6 @@ def confusion_figure(shown, label, spec, out) -> pathlib.Path:
     for condition, values in predictions.items()
   }
   columns = max(len(predictions) for predictions in shown.values())
+  if spec.problems:
+    names = ["+".join(p for k, p in enumerate(spec.problems) if n >> k & 1) or "-" for n in names]
   return plots.matrices(found, names, out / "confusion.png", columns=columns)

@@ -1,12 +1,12 @@
 """Metrics against the missing rate and against the epoch: tables and curves."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from mmjax import metrics, plots, tables
+from mmjax import masking, metrics, plots, tables
 
 
 def write(
@@ -16,6 +16,8 @@ def write(
   by: Sequence[str] = ("kind", "condition"),
   lines: str | None = None,
   show: bool = True,
+  first: Sequence[str] = (),
+  quantity: str = "missing rate",
 ) -> pd.DataFrame:
   """Writes robustness rows as `robustness.{csv,md,tex,png}` and `robustness_runs.csv`.
 
@@ -26,13 +28,15 @@ def write(
     lines: the column whose values are the curves' lines.
     show: whether to print the results: the files hold the long table, the terminal gets the
       missing rates against the lines.
+    first: metrics that are shown, if the results have any of them; else the headline ones.
+    quantity: what the rate is, see `masking.quantity`.
 
   Returns:
     The summary, mean and standard deviation over seeds.
   """
   out = pathlib.Path(out)
   table = tables.write(out, "robustness", rows, by)
-  shown = metrics.headline(table.columns)
+  shown = [name for name in first if name in table] or metrics.headline(table.columns)
   if show:
     print(headlines(table, by) if lines is None else pivots(table, lines, shown))
   rates: Any = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
@@ -40,16 +44,40 @@ def write(
     if lines == "method" and "missing_rate" in rates:
       rates = rates.assign(method=_lines(rates))
     path = plots.curves(
-      rates, shown, out / "robustness.png", x="condition", x_label="missing rate", lines=lines
+      rates, shown, out / "robustness.png", x="condition", x_label=quantity, lines=lines
     )
     print(f"\nCurves: {path}")
   print(f"Tables: {out / 'robustness.md'}, {out / 'robustness.csv'}")
   return table
 
 
-def headlines(table: Any, by: Sequence[str]) -> str:
-  """A summary's first headline metrics, for the terminal."""
-  shown = metrics.headline(table.columns)
+def missing(
+  rows: Sequence[dict], out: str | pathlib.Path, masks: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
+  """Says which masks were drawn, and writes what they hid, `missing_data.{csv,md,tex}`.
+
+  Args:
+    rows: of `evaluate.count_missing`, sums over the mask seeds, perhaps with further columns.
+    out: the output folder.
+    masks: the settings of each.
+
+  Returns:
+    The table, with the share of the steps that is missing.
+  """
+  for given in masks:
+    given = {k: v for k, v in given.items() if k not in ("rate", "drop")}
+    told = masking.describe(**given)
+    print(f"Missing: {told}. The rate is {masking.quantity(given['name'])}.")
+  table = pd.DataFrame(rows)
+  table["missing share"] = table["missing steps"] / table["of steps"].clip(lower=1)
+  tables.save(table, pathlib.Path(out) / "missing_data")
+  print(f"What exactly was missing: {pathlib.Path(out) / 'missing_data.md'}")
+  return table
+
+
+def headlines(table: Any, by: Sequence[str], first: Sequence[str] = ()) -> str:
+  """A summary's first headline metrics, or those of `first`, for the terminal."""
+  shown = [name for name in first if name in table] or metrics.headline(table.columns)
   return tables.to_text(table[[*by, "n", *(c for n in shown for c in (n, f"{n}_std"))]])
 
 

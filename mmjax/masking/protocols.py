@@ -1,11 +1,14 @@
 """Protocols of missing data: the factories of masks, and `MASKS` of all that have a name.
 
 A factory takes keyword settings that JSON can hold and returns a `MaskFn`. One that is swept
-over takes `rate`, which a grid traces. The first sentence of its docstring is what reports say.
+over takes `rate`, which a grid traces. Reports say the first line of its docstring, and of its
+argument `rate` what stands before the first ";" or "." (`quantity`), as authors mean other things
+by a missing rate.
 """
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +44,7 @@ def span(rate: Rate, *, axis: str = "time") -> types.MaskFn:
   """One contiguous span of each sample and modality goes missing (M³S §3.2).
 
   Args:
-    rate: the missing rate r, see the package.
+    rate: r, share of the sample's valid steps that the span covers; see the package.
     axis: "time", k of the sample's own valid steps; or "feature", k of the channels at all
       steps (not for token ids). The paper's T_m can be read either way.
 
@@ -69,14 +72,14 @@ def span(rate: Rate, *, axis: str = "time") -> types.MaskFn:
 
 
 def bernoulli(rate: Rate, *, complete_share: types.Array | float = 0.0) -> types.MaskFn:
-  """Every step goes missing on its own with probability r (LNLN, and TFR-Net in MMSA).
+  """Every step goes missing on its own with probability p (LNLN, and TFR-Net in MMSA).
 
   LNLN trains with `bernoulli((0.0, 1.0), complete_share=0.5)`. (Its code draws exactly half of
   the samples, and the same uniforms for all modalities; here samples and modalities are
   independent of each other.)
 
   Args:
-    rate: the missing rate r, see the package.
+    rate: p, probability of each step to go missing; see the package.
     complete_share: probability with which a sample's modality stays complete; may be traced.
 
   Returns:
@@ -123,11 +126,11 @@ def drop(missing: str | Collection[str]) -> types.MaskFn:
 def random_drop(
   rate: Rate = 0.5, *, subsets: Sequence[Collection[str]] = SUBSETS[1:7]
 ) -> types.MaskFn:
-  """Each sample loses whole modalities, each with probability r, as long as some are left.
+  """Each sample loses whole modalities, each with probability p, as long as some are left.
 
   Args:
-    rate: probability r with which each modality goes missing, independently of the others,
-      given that the outcome is one of `subsets`. By default all subsets are drawn equally
+    rate: p, probability of each modality to go missing, given that the outcome is one of
+      `subsets`; independently of the others. By default all subsets are drawn equally
       often (MMIN's training, Zhao et al. 2021 §3.1).
     subsets: the sets of missing modalities that may be drawn. By default the six that leave
       something and take something (MMIN's); with `SUBSETS[:7]` samples may also stay
@@ -166,6 +169,135 @@ def random_drop(
   return mask
 
 
+def frames(rate: Rate) -> types.MaskFn:
+  """Of each sample and modality a random share of the steps goes missing (HRLF's test).
+
+  Li et al. 2024 (arXiv 2411.02793, §4.3) drop frames "with ratio p" from 0 to 1; their code is not
+  public. Here it is the ratio itself, k = floor(T · p) of T valid steps, each set of k alike, where
+  `bernoulli` has it in the mean only.
+
+  Args:
+    rate: p, share of the valid steps that go missing; see the package.
+
+  Returns:
+    The mask. Of token ids, k are drawn among all valid ones, the protected ones included.
+
+  Raises:
+    UsageError: on a rate that is not within [0, 1], or misshapen.
+  """
+
+  def mask(m: types.Modality, u, rates):
+    _, k = transforms.span_bounds(u[:, 0], rates, m.valid.sum(-1))
+    # a step's rank among the draws of its modality, padding last
+    rank = jnp.argsort(jnp.argsort(jnp.where(m.valid, u, 2.0), axis=-1), axis=-1)
+    return steps(m, (rank >= k[:, None]) | ~m.valid)
+
+  return transforms.with_rates(rate, lambda m: m.valid.shape[-1], mask)
+
+
+def blocks(rate: Rate) -> types.MaskFn:
+  """One block of time goes missing in all modalities at once (aligned dropping, as OpenVNA's).
+
+  A camera and its microphone fail together: the structural, temporally aligned missing of TFR-Net
+  (Yuan et al. 2021) and OpenVNA (Yuan et al. 2024, arXiv 2407.02773). A sample's modalities share
+  the draw of where the block begins (and of the rate, if that is an interval), each in its own
+  steps: k = floor(T · r) of them from floor(u · (T - k + 1)) on, see `transforms.span_bounds`; they
+  are the same steps where the modalities are aligned.
+
+  Args:
+    rate: r, share of the time that the block covers; see the package.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on a rate that is not within [0, 1], or misshapen.
+  """
+  bounds: Any = transforms.intervals(rate)
+
+  def mask(key, batch):
+    u = transforms.shared_uniforms(key, batch.index, 2)
+    for i, name in enumerate(types.MODALITIES):
+      m = getattr(batch, name)
+      rates = transforms.within(bounds[i], u[:, 0])
+      block = transforms.span_bounds(u[:, 1], rates, m.valid.sum(-1))
+      seen = transforms.span_mask(*block, m.valid.shape[-1]) | ~m.valid
+      batch = batch._replace(**{name: see(m, steps(m, seen))})
+    return batch
+
+  return mask
+
+
+def available(modalities: str | Collection[str]) -> types.MaskFn:
+  """Only some modalities are there, the same of every sample (HRLF's and others' test sets).
+
+  Args:
+    modalities: those that are left, one or several; `drop` is the complement.
+
+  Returns:
+    The mask; it draws nothing.
+
+  Raises:
+    UsageError: on an unknown modality.
+  """
+  modalities = (modalities,) if isinstance(modalities, str) else modalities
+  transforms.check_names("modalities", modalities)
+  return drop([name for name in types.MODALITIES if name not in modalities])
+
+
+# At IMDer's MR of 0, 0.1 … 0.7: the shares of samples that keep one modality, and two.
+IMDER_ONE = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+IMDER_TWO = (0.0, 0.1, 0.2, 0.3, 0.2, 0.1, 0.0, 0.0)
+
+
+def imder(rate: Rate) -> types.MaskFn:
+  """Each sample loses no, one or two whole modalities, in shares that a rate fixes (IMDer).
+
+  Wang et al. 2023 (NeurIPS): at MR = 0.1 … 0.7 a share `IMDER_ONE` of the samples keeps one
+  modality, a share `IMDER_TWO` keeps two (in between: interpolated); which ones is drawn
+  uniformly. MR is then the share of missing modalities, 0.7 standing for 2/3.
+
+  The published code draws one pattern for each batch, not each sample, and deals the numbers out in
+  the order of the batches: the first ones of every epoch have one modality left, the next two, the
+  last ones all. Training is shuffled, but validation and test are not, so there the first samples
+  of the file always lose most, and a whole batch loses the same. Here samples are drawn one by one,
+  whatever their order.
+
+  Args:
+    rate: MR, share of all modalities that are missing; one for all of them, at most 0.7.
+
+  Returns:
+    The mask.
+
+  Raises:
+    UsageError: on a rate that is not within [0, 0.7] or misshapen, or differs between modalities.
+  """
+  bounds: Any = transforms.intervals(rate)
+  if isinstance(bounds, np.ndarray):
+    if (bounds != bounds[:1]).any():
+      raise types.UsageError(f"imder: MR is one rate for all modalities, got {rate!r}.")
+    if bounds.max() > 0.7 + 1e-6:
+      raise types.UsageError(f"imder: MR is at most 0.7, as one modality stays; got {rate!r}.")
+  sets = [SUBSETS[0], *SUBSETS[1:7]]
+  table = np.array([[name in missing for name in types.MODALITIES] for missing in sets])
+
+  def mask(key, batch):
+    u = transforms.shared_uniforms(key, batch.index, 3)
+    rates = transforms.within(bounds[0], u[:, 0])
+    known = jnp.arange(len(IMDER_ONE), dtype=rates.dtype) / 10
+    one, two = (jnp.interp(rates, known, jnp.asarray(x)) for x in (IMDER_ONE, IMDER_TWO))
+    third = jnp.minimum(jnp.floor(3 * u[:, 2]), 2).astype(jnp.int32)
+    # SUBSETS: none missing, then one of three, then two of three
+    drawn = jnp.where(u[:, 1] < one, 4 + third, jnp.where(u[:, 1] < one + two, 1 + third, 0))
+    missing = jnp.asarray(table)[drawn]  # [B, 3]
+    for i, name in enumerate(types.MODALITIES):
+      m = getattr(batch, name)
+      batch = batch._replace(**{name: see(m, steps(m, ~(missing[:, i, None] & m.valid)))})
+    return batch
+
+  return mask
+
+
 def gcnet(rate: Rate) -> types.MaskFn:
   """Each sample loses whole modalities at a rate up to 2/3, but never all of them (GCNet's).
 
@@ -177,9 +309,9 @@ def gcnet(rate: Rate) -> types.MaskFn:
   independent there, as those of all utterances are here.)
 
   Args:
-    rate: the missing rate r, see the package; the same for all modalities in the paper. Where
-      they differ, the one that stays is drawn in proportion to 1 - r: a modality of rate 1 always
-      goes, as long as another one's is below, and one of rate 0 always stays.
+    rate: r, share of all modalities that are missing, at most 2/3; the same for all of them in
+      the paper. Where they differ, the one that stays is drawn in proportion to 1 - r: a modality
+      of rate 1 always goes, as long as another one's is below, and one of rate 0 always stays.
 
   Returns:
     The mask.
@@ -392,6 +524,20 @@ def describe(name: str, **settings) -> str:
   return "; ".join([doc, *([", ".join(told)] if told else [])])
 
 
+def quantity(name: str) -> str:
+  """What a mask's rate is a rate of: "p, probability of each step to go missing".
+
+  Args:
+    name: a key of `MASKS`, or `package.module:attribute`.
+
+  Returns:
+    What its docstring says of `rate`; "missing rate" if it says nothing.
+  """
+  doc = inspect.getdoc(registry.lookup("mask", MASKS, name)) or ""
+  found = re.search(r"^ +rate: ([^.;]+)", doc, re.MULTILINE)
+  return " ".join(found[1].split()) if found else "missing rate"
+
+
 def _words(value: Any) -> str:
   if isinstance(value, Mapping):
     if "name" in value:
@@ -406,9 +552,13 @@ def _words(value: Any) -> str:
 MASKS: dict[str, Callable[..., types.MaskFn]] = {
   "span": span,
   "bernoulli": bernoulli,
+  "frames": frames,
+  "blocks": blocks,
   "random_drop": random_drop,
-  "drop": drop,
   "gcnet": gcnet,
+  "imder": imder,
+  "drop": drop,
+  "available": available,
   "mixture": mixture,
   "compose": compose,
   "msm": msm,

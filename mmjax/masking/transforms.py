@@ -212,6 +212,21 @@ def sample_keys(key: types.PRNGKey, index: types.Array) -> types.PRNGKey:
   return jax.vmap(fold, (0, None))(fold(threefry(key), jnp.arange(len(types.MODALITIES))), index)
 
 
+def shared_uniforms(key: types.PRNGKey, index: types.Array, count: int) -> types.Array:
+  """Draws that a sample's modalities share.
+
+  Args:
+    key: [] of any kind.
+    index: [B] the samples' rows in their split.
+    count: n, how many.
+
+  Returns:
+    [B, n] uniforms in [0, 1).
+  """
+  keys = sample_keys(key, index)[0]
+  return jax.vmap(functools.partial(jax.random.uniform, shape=(count,)))(keys)
+
+
 def with_rates(
   rate: Rate,
   draws: Callable[[types.Modality], int],

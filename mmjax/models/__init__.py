@@ -51,6 +51,20 @@ MODELS = {
 }
 
 
+def make(name: str, **given: Any) -> types.System:
+  """The system of a config.
+
+  Args:
+    name: registered, or "package.module:attribute".
+    **given: settings.
+
+  Raises:
+    UsageError: on an unknown name or setting, or one that is missing or wrong.
+  """
+  factory = registry.lookup("model", MODELS, name)
+  return registry.call("model", name, factory, registry.settings_of(factory), **given)
+
+
 def settings(name: str) -> dict[str, Any]:
   """The settings of a model with their defaults; none of an own one that takes `**settings`.
 

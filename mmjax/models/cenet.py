@@ -30,8 +30,8 @@ class Enhancement(nn.Module):
         layers.Dense(width, name=f"{name}_{role}")(y)
         for role, y in (("query", text), ("key", source), ("value", source))
       )
-      one_head = (a[:, :, None] for a in (q, k, v))
-      out[f"found_{name}"] = layers.attend(*one_head, scale=SHARPNESS)
+      q, k, v = (a[:, :, None] for a in (q, k, v))  # one head
+      out[f"found_{name}"] = layers.attend(q, k, v, scale=SHARPNESS)
     found = jnp.concatenate([out["found_vision"], out["found_audio"]], -1)
     return text + layers.Dense(width, name="connect")(found), out
 

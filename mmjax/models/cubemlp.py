@@ -30,7 +30,7 @@ EPS = 1e-6  # of the norms; and what stands in frames of zeros
 GRU_DEPTH = 2
 
 
-def _norm(name: str) -> nn.LayerNorm:
+def _norm(name: str) -> nn.Module:
   return layers.LayerNorm(epsilon=EPS, name=name)
 
 

@@ -95,10 +95,12 @@ class Dmd(nn.Module):
       out |= {f"shared_{name}": shared, f"restored_{name}": restored}
       out[f"cycle_{name}"] = encode_private(restored)
       # the published code flattens with the channels first here, and the steps first below
-      by_channel, by_step = (y.reshape(len(y), -1) for y in (jnp.swapaxes(shared, 1, 2), shared))
+      by_channel, by_step = (
+        y.reshape(y.shape[0], -1) for y in (jnp.swapaxes(shared, 1, 2), shared)
+      )
       out[f"aligned_{name}"] = layers.Dense(self.size, name=f"{name}_align")(by_channel)
       # published beside the model, but in no loss
-      flat = private[name].reshape(len(by_step), -1)
+      flat = private[name].reshape(by_step.shape[0], -1)
       out[f"cosine_{name}"] = layers.Dense(self.size, name=f"{name}_cosine")(flat)
       low, out[f"repr_homo_{name}"] = self._residual(f"{name}_low", self.size)(by_step)
       out[f"scores_homo_{name}"] = self._scores(f"{name}_low_out", low)

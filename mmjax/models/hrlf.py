@@ -83,7 +83,7 @@ class Hrlf(nn.Module):
     z = jnp.stack(vectors, 1)
     q = jnp.stack([one(x) for one, x in zip(sentiment, vectors, strict=True)], 1)
     u = jnp.stack([one(x) for one, x in zip(specific, vectors, strict=True)], 1)
-    x = jnp.concatenate([q, u], -1).reshape(len(z), -1)  # C_m = [Q_m; U_m], one after the other
+    x = jnp.concatenate([q, u], -1).reshape(z.shape[0], -1)  # C_m = [Q_m; U_m], one after the other
     out = {"z": z, "q": q, "u": u, "scale_1": x}
     for n, width in enumerate((2 * size, size, 2 * size, 3 * size), 2):
       x = layers.Dense(width, name=f"refine_{n - 1}")(x)

@@ -25,14 +25,17 @@ def _normal(std: float):
 
 
 class Fusion(nn.Module):
-  """[rank, B, C] -> [B, C]: a weighted sum and a bias."""
+  """[rank, B, C] -> [B, C]: a weighted sum and a bias; of K binary problems their joint logits."""
+
+  shape: tuple[int, ...]  # of the outputs
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    rank, _, width = x.shape
+    rank, shape = len(x), self.shape
     weights = self.param("weights", _normal(math.sqrt(2 / (rank + 1))), (1, rank))
-    bias = self.param("bias", nn.initializers.zeros, (1, width))
-    return jnp.einsum("r,rbc->bc", weights[0], x) + bias
+    bias = self.param("bias", nn.initializers.zeros, (1, *shape) if len(shape) == 1 else shape)
+    scores = jnp.einsum("r,rbc->bc", weights[0], x) + bias.reshape(1, -1)
+    return scores if len(shape) == 1 else layers.joint(scores)
 
 
 class Lmf(nn.Module):
@@ -56,17 +59,17 @@ class Lmf(nn.Module):
   @nn.compact
   def __call__(self, batch: types.Batch, train: bool) -> dict[str, Array]:
     out = tfn.encode(self, batch, train, self.hidden_sizes[0] // 2)
-    products = []
+    products, outputs = [], layers.outputs(self.num_outputs)
     for name in types.MODALITIES:
       x = tfn.with_one(out[name])
-      shape = (self.rank, x.shape[1], self.num_outputs)
+      shape = (self.rank, x.shape[1], math.prod(outputs))
       # PyTorch's xavier_normal_ of such a shape
       std = math.sqrt(2 / ((shape[0] + shape[1]) * shape[2]))
       factor = self.param(f"{name}_factor", _normal(std), shape)
       products.append(jnp.einsum("bd,rdc->rbc", x, factor))
     product = products[0] * products[1] * products[2]
-    scores = Fusion(name="fusion")(product)
-    feature = jnp.swapaxes(product, 0, 1).reshape(len(scores), -1)
+    scores = Fusion(outputs, name="fusion")(product)
+    feature = jnp.swapaxes(product, 0, 1).reshape(scores.shape[0], -1)
     return {**out, "feature": feature, "prediction": layers.prediction(scores)}
 
 

@@ -73,7 +73,7 @@ class Misa(nn.Module):
       jnp.stack(tokens, 1)
     )
     out["fusion"] = fused  # [B, 6, H]
-    out["feature"] = fused.reshape(len(fused), -1)
+    out["feature"] = fused.reshape(fused.shape[0], -1)
     hidden = layers.Dense(3 * self.hidden_size, name="fusion_1")(out["feature"])
     hidden = jax.nn.relu(layers.Dropout(self.dropout)(hidden))
     scores = layers.Dense(self.num_outputs, name="fusion_2")(hidden)

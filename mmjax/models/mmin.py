@@ -26,7 +26,9 @@ POOLINGS = ("maxpool", "last", "attention")
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-def dense(size: int, name: str) -> nn.Dense:
+def dense(size: int | tuple[int, int], name: str) -> nn.Dense | layers.Dense:
+  if not isinstance(size, int):  # the head of binary problems, which the authors have not
+    return layers.Dense(size, name=name)
   return nn.Dense(size, kernel_init=KAIMING, name=name)
 
 

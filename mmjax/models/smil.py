@@ -23,6 +23,7 @@ squared error. At test time what is there passes through, and what is missing is
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ class Pass(NamedTuple):
 def _gaussian_kl(mean: Array, std: Array) -> Array:
   """[B, ...] KL(N(mean, std²) ‖ N(0, 1)), summed over all but the first axis."""
   each = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
-  return each.reshape(len(each), -1).sum(1)
+  return each.reshape(each.shape[0], -1).sum(1)
 
 
 class Fusion(nn.Module):
@@ -178,7 +179,7 @@ class Smil(nn.Module):
     sizes: width of each modality's vector.
     encoder: "lstm": the last state of an LSTM; "mean": tanh of a layer on the mean over the steps.
     hidden_size: H, of the head.
-    centres: K; 0: as many as there are classes, or 10 in regression. If there are fewer complete
+    centres: K; 0: as many as there are outputs, or 10 in regression. If there are fewer complete
       samples, some centres repeat.
     variant: "code": the centres' weights are positive, have no noise and sum to 1; the noise r
       of the regularizers has unit variance, in the inner loop alone. "paper": weights
@@ -212,7 +213,8 @@ class Smil(nn.Module):
     sizes = dict(zip(self.modalities, self.sizes, strict=True))
     vectors = {name: self._encode(batch, name, size) for name, size in sizes.items()}
     there = jnp.stack([masking.present(getattr(batch, name)) for name in sizes], 1)
-    centres = self.centres or (self.num_outputs if self.num_outputs > 1 else 10)
+    outputs = math.prod(layers.outputs(self.num_outputs))
+    centres = self.centres or (outputs if outputs > 1 else 10)
     shared = {name: getattr(self, name) for name in SHARED}
     fusion = Fusion(sizes=sizes, centres=centres, **shared, name="fusion")
     encoded = {f"vector_{name}": value for name, value in vectors.items()}

@@ -103,7 +103,7 @@ class Tfn(nn.Module):
   def __call__(self, batch: types.Batch, train: bool) -> dict[str, Array]:
     out = encode(self, batch, train, self.text_size)
     text, audio, vision = (with_one(out[name]) for name in types.MODALITIES)
-    product = jnp.einsum("ba,bv,bt->bavt", audio, vision, text).reshape(len(text), -1)
+    product = jnp.einsum("ba,bv,bt->bavt", audio, vision, text).reshape(text.shape[0], -1)
     hidden = layers.Dropout(self.fusion_dropout)(product)
     for n in (1, 2):
       hidden = jax.nn.relu(layers.Dense(self.fusion_size, name=f"post_fusion_{n}")(hidden))

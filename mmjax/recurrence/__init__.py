@@ -87,7 +87,7 @@ def bilstm(
     )
     return (ahead, back), (last, first)
   x, *weights = _alike(x, *forward, *backward)
-  forward, backward = weights[:3], weights[3:]
+  forward, backward = tuple(weights[:3]), tuple(weights[3:])
   # the longest sequence, turned round, begins at once: chunks of padding alone cost a loop nothing
   last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
   by_itself = lambda a, **_: a  # noqa: E731 - kernels turn round

@@ -202,6 +202,23 @@ def compare_accumulation(z: Arrays) -> Iterator[Row]:
       yield "extra", prefix.split("/")[1] + "/" + key, params[key], value
 
 
+def descend(loss: Callable, optimizer: Any, params: Any, steps: int) -> tuple[Any, dict[str, list]]:
+  """Steps of an optimizer on `loss(params)`: the parameters after them, what it was before each.
+
+  Returns:
+    The parameters; and "losses" and "grad_norms", [steps] each.
+  """
+  gradient, state = jax.jit(jax.value_and_grad(loss)), optimizer.init(params)
+  found = {"losses": [], "grad_norms": []}
+  for _ in range(steps):
+    value, grads = gradient(params)
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    found["losses"].append(value)
+    found["grad_norms"].append(optax.tree.norm(grads))
+  return params, found
+
+
 def compare_rates(z: Arrays, base: float) -> Iterator[Row]:
   """Rows of the learning rates that warm up and decay by the epoch."""
   for key, rates in under(z, "extra/lr_per_epoch_").items():

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax.models import almt
+
+from .. import goldens
 
 # Recorded names of intermediates -> ours; those of layers follow from their number.
 MIDDLE = {

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.parity import goldens
 from mmjax import optim, types
 from mmjax.models import cubemlp
+
+from .. import goldens
 
 # Recorded intermediates -> ours.
 MIDDLE = {
@@ -40,15 +40,9 @@ def compare_steps(z, config, rules, loss, params) -> Iterator[goldens.Row]:
   adam = optim.make(
     name="adam", learning_rate=config["learning_rate"], clip_value=config["gradient_clip"]
   )
-  state, found = adam.init(params), []
-  gradient = jax.jit(jax.value_and_grad(loss))
-  for _ in z[f"{under}loss_before_each_step"]:
-    value, grads = gradient(params)
-    updates, state = adam.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-    found.append(value)
   name = "loss_before_each_step"
-  yield "extra", f"after_2_adam_steps/{name}", np.asarray(found), z[under + name]
+  params, found = goldens.descend(loss, adam, params, len(z[under + name]))
+  yield "extra", f"after_2_adam_steps/{name}", np.asarray(found["losses"]), z[under + name]
   theirs = {k: v for k, v in goldens.under(z, under).items() if k != name}
   yield from goldens.compare_tree("extra", params, theirs, rules)
 

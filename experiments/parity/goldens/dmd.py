@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity import goldens
-from experiments.parity.goldens import mult
 from mmjax.models import dmd
+
+from .. import goldens
+from . import mult
 
 # Recorded name of an output -> ours; {m} is a modality. What is recorded as [B, D, L] …
 CHANNELS_FIRST = {"origin_{m}": "origin", "recon_{m}": "restored", "s_{m}_r": "cycle"}

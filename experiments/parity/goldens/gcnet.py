@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.parity import goldens
 from mmjax import masking, optim, types
 from mmjax.models import gcnet
+
+from .. import goldens
 
 NAMES = {"text": "text", "audio": "audio", "vision": "visual"}
 # Recorded name of an intermediate below a graph's -> ours.
@@ -171,15 +171,10 @@ def _compare_steps(z, loss, rules, params, batch) -> Iterator[goldens.Row]:
   if f"{under}loss_before_each_step" not in z:
     return
   adam = optim.make(name="adam", learning_rate=config["lr"], weight_decay=config["l2"])
-  gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None, {})[0]))
-  state, found = adam.init(params), []
-  for _ in z[f"{under}loss_before_each_step"]:
-    value, grads = gradient(params)
-    updates, state = adam.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-    found.append(value)
   theirs = goldens.under(z, under)
-  yield "extra", "loss_before_each_step", np.asarray(found), theirs.pop("loss_before_each_step")
+  before = theirs.pop("loss_before_each_step")
+  params, found = goldens.descend(lambda p: loss(p, batch, None, {})[0], adam, params, len(before))
+  yield "extra", "loss_before_each_step", np.asarray(found["losses"]), before
   yield from goldens.compare_tree("extra after 2 steps", params, theirs, rules)
 
 

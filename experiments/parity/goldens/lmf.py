@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.parity import goldens
-from experiments.parity.goldens import tfn
 from mmjax.models import lmf
+
+from .. import goldens
+from . import tfn
 
 
 @goldens.each_case

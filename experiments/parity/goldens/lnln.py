@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax import bert
 from mmjax.models import lnln
+
+from .. import goldens
 
 # Recorded names of intermediates -> ours.
 MIDDLE = {

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-import optax
 
-from experiments.parity import goldens
 from mmjax import optim
 from mmjax.models import mctn
+
+from .. import goldens
 
 OUTPUTS = {
   "video_1": "vision",
@@ -35,15 +35,7 @@ def compare_steps(z, config, loss, params) -> Iterator[goldens.Row]:
   if f"{under}losses" not in z:
     return
   adam = optim.make(name="adam", learning_rate=config["init_lr"], clip_norm=config["grad_clip"])
-  state, values, norms = adam.init(params), [], []
-  gradient = jax.jit(jax.value_and_grad(loss))
-  for _ in z[f"{under}losses"]:
-    value, grads = gradient(params)
-    updates, state = adam.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-    values.append(value)
-    norms.append(optax.tree.norm(grads))
-  scalars = {"losses": values, "grad_norms": norms}
+  params, scalars = goldens.descend(loss, adam, params, len(z[f"{under}losses"]))
   for name, found in scalars.items():
     yield "extra", f"after_2_steps/{name}", np.asarray(found), z[under + name]
   theirs = {k: v for k, v in goldens.under(z, under).items() if k not in scalars}

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax.models import misa
+
+from .. import goldens
 
 # Intermediates by the names that they were recorded under.
 MIDDLE = {f"mid/project_{m}": f"utt_{m}_orig" for m in "tva"}

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax import losses
 from mmjax.models import mmim
+
+from .. import goldens
 
 FEATURES = {
   "Feature_t": "utt_text",

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.parity import goldens
 from mmjax import bert, layers, masking, models, optim, torch_import, types
 from mmjax.models import mmin
+
+from .. import goldens
 
 # Recorded names of modalities, in the order of `missing_index`, and ours.
 INPUTS = {"acoustic": "audio", "visual": "vision", "lexical": "text"}

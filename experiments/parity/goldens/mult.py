@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax import types
 from mmjax.models import mult
+
+from .. import goldens
 
 # Flags of the authors' code that leave out the other modalities' vectors.
 ONLY = {"text": "lonly", "audio": "aonly", "vision": "vonly"}

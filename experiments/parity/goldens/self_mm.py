@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax import torch_import, types
 from mmjax.models import self_mm
+
+from .. import goldens
 
 # Our names of tensors -> those that they were recorded under.
 HEADS = {"fusion": ("M", "f"), "text": ("T", "t"), "audio": ("A", "a"), "vision": ("V", "v")}

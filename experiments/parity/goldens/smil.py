@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.parity import goldens
 from mmjax import losses, masking, optim, systems, types
 from mmjax.models import smil
+
+from .. import goldens
 
 # Recorded layers -> ours. Those of `CONTEXT` read the first vector there; here it is followed by
 # the second, which is hidden, and by a flag of each, for which we put zeros into the kernel.

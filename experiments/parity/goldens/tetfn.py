@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from experiments.parity import goldens
-from experiments.parity.goldens import self_mm
 from mmjax.models import tetfn
+
+from .. import goldens
+from . import self_mm
 
 
 def compare(z: goldens.Arrays) -> Iterator[goldens.Row]:

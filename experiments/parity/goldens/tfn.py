@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from experiments.parity import goldens
 from mmjax import optim, systems, torch_import, types
 from mmjax.models import tfn
+
+from .. import goldens
 
 FEATURES = {"t": "text", "a": "audio", "v": "vision"}
 
@@ -67,16 +67,12 @@ def _compare_steps(z, loss, rules, optimizer, trains, params, batch, extra):
     return
   adam = optim.make(**optimizer)
   trained, constant = optim.split(params, trains)
-  state, found = adam.init(trained), []
-  gradient = jax.jit(
-    jax.value_and_grad(lambda p: loss(optim.merge(p, constant), batch, None, extra)[0])
-  )
-  for _ in z[f"{under}losses"]:
-    value, grads = gradient(trained)
-    updates, state = adam.update(grads, state, trained)
-    trained = optax.apply_updates(trained, updates)
-    found.append(value)
-  yield "extra", "after_2_steps/losses", np.asarray(found), z[f"{under}losses"]
+
+  def objective(trained):
+    return loss(optim.merge(trained, constant), batch, None, extra)[0]
+
+  trained, found = goldens.descend(objective, adam, trained, len(z[f"{under}losses"]))
+  yield "extra", "after_2_steps/losses", np.asarray(found["losses"]), z[f"{under}losses"]
   theirs = {k: v for k, v in goldens.under(z, under).items() if k != "losses"}
   yield from goldens.compare_tree("extra", optim.merge(trained, constant), theirs, rules)
 

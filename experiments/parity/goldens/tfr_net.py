@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity import goldens
 from mmjax import bert, types
 from mmjax.models import tfr_net
+
+from .. import goldens
 
 NORM = "fusion_subnet.Model.classifier.linear_trans_norm."
 STATISTICS = {"mean": f"{NORM}running_mean", "var": f"{NORM}running_var"}
