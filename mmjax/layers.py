@@ -108,7 +108,7 @@ class LayerNorm(nn.Module):
 class Dropout(nn.Module):
   """Drops entries where `apply` got a "dropout" key, and is the identity elsewhere."""
 
-  rate: Any  # a number, or [] of an array
+  rate: Any  # a number; of several towers an array [], see `together`
 
   @property
   def acts(self) -> bool:
@@ -117,10 +117,12 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    if isinstance(self.rate, jax.Array) and self.acts:  # of several towers, see `together`
-      keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-      return jnp.where(keep, x / (1 - self.rate).astype(x.dtype), 0)
-    return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+    if not isinstance(self.rate, jax.Array):
+      return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+    if not self.acts:
+      return x
+    keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+    return jnp.where(keep, x / (1 - self.rate).astype(x.dtype), 0)
 
 
 class Conv1d(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -149,29 +150,29 @@ class Program:
 
   def __init__(self, function: Callable, mesh: Mesh | None):
     self._function, self._mesh = function, mesh
-    self._constants, self._jitted = None, None
+    self._traced: tuple[Any, list[Any]] | None = None
 
   def __call__(self, *args: Any) -> Any:
-    self._trace(args)
-    return self._jitted(*args, self._constants)
+    program, constants = self._trace(args)
+    return program(*args, constants)
 
   def lower(self, *args: Any) -> jax.stages.Lowered:
     """As that of `jax.jit`; what it compiles takes one argument more, a list of arrays."""
-    self._trace(args)
-    return self._jitted.lower(*args, self._constants)
+    program, constants = self._trace(args)
+    return program.lower(*args, constants)
 
   def _trace(self, args):
-    if self._jitted is not None:
-      return
-    traced, shapes = jax.make_jaxpr(self._function, return_shape=True)(*args)
+    if self._traced is None:
+      found, shapes = jax.make_jaxpr(self._function, return_shape=True)(*args)
 
-    def run(*args):
-      *args, constants = args
-      found = jax.core.eval_jaxpr(traced.jaxpr, constants, *jax.tree.leaves(args))
-      return jax.tree.unflatten(jax.tree.structure(shapes), found)
+      def run(*args):
+        *args, constants = args
+        out = core.eval_jaxpr(found.jaxpr, constants, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    self._constants = replicate(traced.consts, self._mesh)
-    self._jitted = jit(run, self._mesh, donate_argnums=(0, 1))
+      program = jit(run, self._mesh, donate_argnums=(0, 1))
+      self._traced = program, replicate(found.consts, self._mesh)
+    return self._traced
 
 
 def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Callable:

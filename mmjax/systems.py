@@ -92,7 +92,8 @@ class Model(NamedTuple):
 
     def loss(params, batch, key, extra):
       out, extra = self.apply(params, batch, extra, key, train=True)
-      return of(*parallel.gather((out, batch)), extra)
+      out, batch = parallel.gather((out, batch))
+      return of(out, batch, extra)
 
     return loss
 
