@@ -5,6 +5,7 @@ Every module is a linen module; dropout is on where a "dropout" key is given to 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,17 @@ import numpy as np
 from mmjax import recurrence, types
 
 Array = types.Array
+
+
+def one_program(init: Callable) -> Callable:
+  """An initializer as one program: its operations one by one would round differently."""
+  return jax.jit(init, static_argnums=(1, 2))
+
+
+@functools.cache
+def normal(std: float) -> Callable:
+  """N(0, std²)."""
+  return one_program(nn.initializers.normal(std))
 
 
 def uniform(bound: float) -> Callable:
