@@ -83,7 +83,7 @@ def words(config: settings.Config, seeds: Sequence[int], mask_seeds: Sequence[in
   """What was done, for the report."""
   valid, test = build.valid_condition(config), build.test_settings(config)
   told = masking.describe(**{k: v for k, v in test.items() if k not in ("rate", "drop")})
-  sha256 = data.read_card(_DATA_DIR.value, config.data.name)["sha256"]
+  sha256 = data.sha256(_DATA_DIR.value, config.data.name)
   return {
     "protocol": "The M³S paper's comparison: training methods under the same missing data",
     "command": cli.told(shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])),

@@ -43,11 +43,11 @@ def style(number: int) -> Style:
 
 
 def title(metric: str) -> str:
-  """How a figure writes a metric; what is none, such as a loss, by its own name."""
+  """How a figure writes a metric; a name that is of none as it is."""
   try:
     found = metrics.info(metric)
   except types.UsageError:
-    return metric
+    return metric.replace("_", " ")
   return f"{found.title} (lower is better)" if found.better == "min" else found.title
 
 

@@ -101,12 +101,14 @@ class Browser:
     elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
       self.complaints.append(str(params["args"]))
 
-  def open(self, path: pathlib.Path, *, width: int = 1280, dark: bool = False) -> None:
-    """Opens a file in a window of some width, on a machine that is set to dark or not."""
+  def open(
+    self, path: pathlib.Path, *, width: int = 1280, dark: bool = False, media: str = "screen"
+  ) -> None:
+    """Opens a file in a window of some width, or on paper, on a machine set to dark or not."""
     size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
     self._call("Emulation.setDeviceMetricsOverride", **size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    self._call("Emulation.setEmulatedMedia", features=[scheme])
+    self._call("Emulation.setEmulatedMedia", media=media, features=[scheme])
     self._call("Page.navigate", url=path.resolve().as_uri())
     self.wait(
       "document.readyState === 'complete' && !document.querySelector('.chart:not([data-drawn])')"

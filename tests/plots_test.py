@@ -51,7 +51,7 @@ def test_the_looks_of_24_systems_share_no_two_parts_and_the_legend_covers_no_dat
 
 def test_metrics_have_titles_and_strangers_their_names():
   assert plots.title("mae") == "MAE (lower is better)"
-  assert plots.title("f1_2") == "F1 of class 2" and plots.title("train_loss") == "train_loss"
+  assert plots.title("f1_2") == "F1 of class 2" and plots.title("train_loss") == "train loss"
 
 
 def test_lines_have_a_panel_for_each_value(tmp_path):

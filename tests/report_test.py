@@ -1,6 +1,7 @@
 """The report of a robust evaluation, from made-up results."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
@@ -352,6 +353,13 @@ def test_the_page_in_a_browser(written):
     find = "const box = document.querySelector('.flips input'); box.value = '$_$49'"
     assert chromium.run(f"{find}; box.dispatchEvent(new Event('input')); {rows}") == 1
     assert "self_mm" in chromium.run("document.querySelector('.flips select').innerText")
+
+    # on paper: as in light, without what is there to be clicked
+    chromium.open(written, dark=True, media="print")
+    ink = "getComputedStyle(document.body).color"
+    assert sum(map(int, re.findall(r"\d+", chromium.run(ink)))) < 3 * 64
+    shown = "[...document.querySelectorAll('nav, .theme, .controls')].filter(e => e.offsetParent)"
+    assert chromium.run(f"{shown}.length") == 0
   assert chromium.complaints == []
   assert {address.partition(":")[0] for address in chromium.requests} <= {"file"}
 

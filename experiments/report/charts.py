@@ -55,8 +55,10 @@ def curves(table: pd.DataFrame, metric: str, lines: Sequence[str], *, x: str, x_
   import altair as alt
 
   near = alt.selection_point(fields=["model"], nearest=True, on="pointerover", clear="pointerout")
+  axis = alt.Axis(tickMinStep=1) if x == "epoch" else alt.Axis()
   base = _marks(lines).encode(
-    x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False, padding=10)), y=_height(metric)
+    x=alt.X("x:Q", title=x_label, scale=alt.Scale(nice=False, padding=10), axis=axis),
+    y=_height(metric),
   )
   many = len(set(table["model"])) > plots.BANDS
   shade = alt.when(near, empty=False).then(alt.value(0.18)).otherwise(alt.value(0.0))

@@ -30,19 +30,24 @@ _PATHS = {
 text = html.escape
 
 
+def _narrow(title: str) -> str:
+  """A title that may break behind a slash."""
+  return text(title).replace("/", "/<wbr>")
+
+
 def heading(column: str) -> tuple[str, str, str]:
   """A column's title in HTML, which direction is better ("min", "max", ""), and what it means."""
   prefix, _, name = column.rpartition(" ")
   try:
     found = metrics.info(name)
   except types.UsageError:
-    return text(TITLES.get(column, column)), "", glossary.TERMS.get(column, "")
+    return _narrow(TITLES.get(column, column)), "", glossary.TERMS.get(column, "")
   if prefix.endswith("p"):  # a p-value has no better
-    return text(f"{prefix} {found.title}"), "", glossary.TERMS["p"]
+    return _narrow(f"{prefix} {found.title}"), "", glossary.TERMS["p"]
   word = {"min": "lower", "max": "higher"}[found.better]
   arrow = f'<span class="way" role="img" aria-label="{word} is better">{charts.arrow(name)}</span>'
   return (
-    f"{text(f'{prefix} {found.title}'.strip())}&nbsp;{arrow}",
+    f"{_narrow(f'{prefix} {found.title}'.strip())}&nbsp;{arrow}",
     found.better,
     glossary.metric(name),
   )
@@ -195,8 +200,7 @@ def confusion(counts: np.ndarray, names: Sequence[object], title: str) -> str:
   rows = []
   for name, row, part in zip(names, counts, shares, strict=True):
     cells = "".join(
-      f'<td style="--share:{100 * s:.0f}%"{" class=strong" if s > 0.5 else ""}'
-      f' title="{100 * s:.0f} % of the label">{n}</td>'
+      f'<td style="--share:{100 * s:.0f}%" title="{100 * s:.0f} % of the label">{n}</td>'
       for n, s in zip(row, part, strict=True)
     )
     rows.append(f'<tr><th scope="row">{text(str(name))}</th>{cells}</tr>')

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmjax import metrics, tables, types
+from mmjax import metrics, plots, tables, types
 
 from . import (
   averages,
@@ -196,7 +196,7 @@ def _epochs(found: Mapping[str, pd.DataFrame]) -> document.Section:
     drawn = "".join(
       markup.figure(
         charts.curves(table, name, names, x="epoch", x_label="epoch"),
-        f"Line chart: {name} on the {split} split against the epoch.",
+        f"Line chart: {plots.title(name)} on the {split} split against the epoch.",
       )
       for name in rates.epoch_metrics(table)
     )

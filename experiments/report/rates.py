@@ -106,7 +106,7 @@ def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> dict[str, pd.DataFr
   """
   out, found = pathlib.Path(out), {}
   groups: Any = pd.DataFrame(rows).groupby("split")
-  for split, part in groups:
+  for split, part in sorted(groups, reverse=True):  # validation first
     part = part.drop(columns="split").dropna(axis=1, how="all").dropna()
     shown = epoch_metrics(part)
     if len(shown) == 1 or part.empty:

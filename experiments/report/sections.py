@@ -235,7 +235,8 @@ def make_flips(
     The section.
   """
   conditions = list(next(iter(found.values())))
-  first, lines = _column(*conditions[0]), []
+  kind, condition = conditions[0]
+  first, lines = f"rate {condition}" if kind == "rate" else _column(kind, condition), []
   for model, own in table.groupby("model", sort=False):
     flipped = zip(own["kind"], own["condition"], own["flipped"], strict=True)
     lines.append({"model": model, **{_column(k, c): share for k, c, share in list(flipped)[1:]}})
