@@ -43,7 +43,7 @@ SETTINGS = {
     fusion_heads=1,
     bert=BERT,
   ),
-  "cenet": dict(bert=BERT),
+  "cenet": dict(bert={**BERT, "num_hidden_layers": 2}),
   "cubemlp": dict(
     steps=7,
     size=4,
