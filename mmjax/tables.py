@@ -165,7 +165,8 @@ def _noncentral(t: float, degrees: int, level: float) -> float:
   middles = (np.arange(4096) + 0.5) / 4096
   at = t * np.sqrt(stats.chi2.ppf(middles, degrees) / degrees)
   excess = lambda c: float(stats.norm.cdf(at - c).mean()) - level  # noqa: E731
-  return float(optimize.brentq(excess, at.min() - 10, at.max() + 10))
+  found: Any = optimize.brentq(excess, at.min() - 10, at.max() + 10)
+  return float(found)
 
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:

@@ -60,8 +60,8 @@ def make_measure(
   def measure(params, extra, train):
     trained, constant = optim.split(params, phase.trains)
 
-    def loss(trained, batch, key, extra):
-      return phase.loss(optim.merge(trained, constant), batch, key, extra)
+    def loss(params, batch, key, extra):
+      return phase.loss(optim.merge(params, constant), batch, key, extra)
 
     def one(key):
       order = jax.random.permutation(jax.random.fold_in(key, 0), train.index.shape[0])
