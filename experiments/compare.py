@@ -6,21 +6,24 @@ python -m experiments.compare --config=self_mm:sims --data_dir=data --out=runs/s
 Trains every (missing rate, method, seed) that is not finished yet and evaluates the epoch that
 is best on validation. Both rates may be given several times. Writes comparison.{csv,md,tex}
 (mean ± std, difference to ORIG, p-values raw and Holm-corrected, the paper's values),
-robustness.* (test rates 0-0.9), missing_data.* (what exactly was missing) and
-epochs_{valid,test}.png (metrics against the epoch).
+robustness.* (test rates 0-0.9), missing_data.* (what exactly was missing),
+epochs_{valid,test}.png (metrics against the epoch) and report.html with all of it.
 """
 
 import itertools
 import pathlib
+import shlex
+import sys
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from absl import flags
 
-from mmjax import evaluate, masking, meta, types
+from mmjax import data, evaluate, masking, meta, types
 
 from . import build, cli, engines, processes, settings, study
-from .report import constant, methods, rates
+from .report import charts, constant, methods, page, rates
 
 _FLAGS = flags.FlagValues()
 _CONFIG, _SET = cli.define_config(_FLAGS)
@@ -76,8 +79,25 @@ def make_variants(training_rates: Sequence[str | None]) -> list[study.Variant]:
   return found
 
 
+def words(config: settings.Config, seeds: Sequence[int], mask_seeds: Sequence[int]):
+  """What was done, for the report."""
+  valid, test = build.valid_condition(config), build.test_settings(config)
+  told = masking.describe(**{k: v for k, v in test.items() if k not in ("rate", "drop")})
+  sha256 = data.sha256(_DATA_DIR.value, config.data.name)
+  return {
+    "protocol": "The M³S paper's comparison: training methods under the same missing data",
+    "command": cli.told(shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])),
+    "training": f"seeds {', '.join(map(str, seeds))}, {config.mask.name} masks",
+    "missing in testing": f"{told}. The rate is {masking.quantity(test['name'])}.",
+    "selection": page.selection_in_words(build.is_oracle(config), f"{valid.kind} {valid.name}"),
+    "test": f"{len(mask_seeds)} masks per run and condition, the same for all methods",
+    "data": f"{config.data.name}, SHA-256 {sha256}",
+  }
+
+
 @cli.binary(_FLAGS, __doc__, required=["config", "out", "methods"])
 def main():
+  charts.check()
   processes.cores_as_devices()
   engine = engines.make(_FLAGS)
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
@@ -98,25 +118,47 @@ def main():
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per method are few: p-values and std say little below {FEW}.")
   runs.train(str(_FLAGS["schedule"].value), engine)
-  rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
+  rows, predictions = [], {}
+  names = rates.line_names(pd.DataFrame([variant.columns for variant in variants]))
+  named = dict(zip([variant.folder for variant in variants], names, strict=True))
+  for one in runs.evaluate(conditions, mask_seeds):
+    rows += one.rows
+    if one.seed == seeds[0]:
+      predictions[named[one.variant.folder]] = one.predictions
   for variant in {variant.columns["missing_rate"]: variant for variant in variants}.values():
     same = constant.rows(runs.dataset(variant), conditions(variant.config), column="method")
     rows += [{"missing_rate": variant.columns["missing_rate"], **row} for row in same]
   out, titles = pathlib.Path(_OUT.value), [variant.columns["method"] for variant in variants]
   by = ("missing_rate", "method", "split", "selection", "kind", "condition")
-  test = build.test_settings(variants[0].config)
-  rates.write(rows, out, by=by, lines="method", quantity=masking.quantity(test["name"]))
-  rates.missing(runs.missing(conditions, mask_seeds), out, [test])
-  rates.epochs(runs.epochs(), out)
-  config = variants[0].config
-  methods.comparison(
+  test, config = build.test_settings(variants[0].config), variants[0].config
+  quantity, dataset = masking.quantity(test["name"]), runs.dataset(variants[0])
+  rates.write(rows, out, by=by, lines="method", quantity=quantity)
+  missing = rates.missing(runs.missing(conditions, mask_seeds), out, [test])
+  epochs = rates.epochs(runs.epochs(), out)
+  asked = [evaluate.rate_condition(*rate).name for rate in tested]
+  compared = methods.comparison(
     rows,
     out,
     pd.read_csv(methods.PAPER),
-    conditions=[evaluate.rate_condition(*rate).name for rate in tested],
+    conditions=asked,
     model=config.model.name,
     dataset=config.data.name,
     baseline="ORIG" if "ORIG" in titles else titles[0],
+  )
+  methods.write_page(
+    rows,
+    compared,
+    predictions,
+    np.asarray(dataset.test.label),
+    dataset.spec,
+    dataset.ids["test"],
+    out,
+    words(config, seeds, mask_seeds),
+    title=f"Training methods of {config.model.name} on {config.data.name}",
+    conditions=asked,
+    epochs=epochs,
+    missing=missing,
+    quantity=quantity,
   )
 
 

@@ -18,7 +18,7 @@ from mmjax import data, evaluate, masking, registry, types
 
 from . import build, cli, engines, processes, protocols, settings, study
 from .configs import common
-from .report import constant, page, predictions
+from .report import charts, constant, page, predictions
 
 SELECTIONS = ("validation", "test_oracle")
 
@@ -87,6 +87,7 @@ class Asked:
   """
 
   def __init__(self, flag_values: flags.FlagValues, models: Sequence[str]):
+    charts.check()
     self._value: dict[str, Any] = {name: flag_values[name].value for name in flag_values}
     self.protocol: protocols.Protocol = protocols.PROTOCOLS[
       cli.some_of("protocol", [self._value["protocol"]], list(protocols.PROTOCOLS))[0]
@@ -180,11 +181,12 @@ class Asked:
       evaluate.parse_rates(self._value["shown"], mask=rated.factory(variant.config))
       self._check_feature(runs.run(variant, self.seeds[0]), variant)
     runs.train(self._value["schedule"], self._engine)
-    results = page.Results([], {}, {}, {})
+    results = page.Results([], {}, {}, {}, {})
     for one in runs.evaluate(self.conditions, self.mask_seeds, swapped=True):
       results.rows.extend(one.rows)
       results.seconds[one.variant.name] = one.seconds
       if one.seed == self.seeds[0]:
+        results.tested[one.variant.name] = one.predictions
         self._draw(results, one, rated)
     dataset, config = runs.dataset(variants[0]), variants[0].config
     tested, told = self.conditions(config), protocols.describe(self.protocol, self._asked, config)
@@ -193,6 +195,7 @@ class Asked:
       results,
       np.asarray(dataset.test.label),
       dataset.spec,
+      dataset.ids["test"],
       self.out,
       self._words(binary, config, told),
       dataset=self.dataset,

@@ -62,6 +62,7 @@ class Evaluated(NamedTuple):
     best: its selected epoch; an oracle's by its first metric.
     rows: per condition and mask seed: the variant's columns, "split", "selection" (what picked
       the epoch), "seed", "kind", "condition", "mask_seed" and the metrics.
+    predictions: (kind, condition) -> [N, ...] of `best`, under the first test mask.
     seconds: of the last evaluation of the whole grid.
   """
 
@@ -70,6 +71,7 @@ class Evaluated(NamedTuple):
   run: build.Run
   best: train.Best
   rows: list[dict[str, Any]]
+  predictions: dict[tuple[str, str], np.ndarray]
   seconds: float
 
 
@@ -228,7 +230,9 @@ class Study:
       told = {"split": "test", "selection": selection}
       told |= {"seed": seed, "kind": condition.kind, "condition": condition.name}
       rows.append({**variant.columns, **told, "mask_seed": mask_seed, **found[0], **own})
-    return Evaluated(variant, seed, run, selected[run.recipe.select[0]], rows, seconds)
+    first = run.recipe.select[0]
+    kept = {(one.kind, one.name): predictions[first][c, 0] for c, one in enumerate(tested)}
+    return Evaluated(variant, seed, run, selected[first], rows, kept, seconds)
 
   def missing(self, conditions: Conditions, mask_seeds: Sequence[int]) -> list[dict[str, Any]]:
     """What the tests hide, counted (`evaluate.count_missing`), for each set of variants alike."""

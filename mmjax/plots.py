@@ -2,22 +2,52 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mmjax import metrics, types
 
-# Reads well in print and for colour-blind readers (Okabe-Ito).
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Reads well in print, on dark ground, and for colour-blind readers (Okabe-Ito; grey for black).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
+# Eight, which shares no factor with seven colours; as matplotlib and as Vega call them.
+MARKERS = {
+  "o": "circle",
+  "s": "square",
+  "^": "triangle-up",
+  "D": "diamond",
+  "v": "triangle-down",
+  "P": "cross",
+  "<": "triangle-left",
+  ">": "triangle-right",
+}
+DASHES = ((), (5, 2), (1.5, 1.5), (6, 1.5, 1.5, 1.5))
+BANDS = 4  # lines, above which bands of deviations would hide each other
+
+
+class Style(NamedTuple):
+  """How one of many lines is drawn: `shape` is what Vega calls the marker."""
+
+  color: str
+  marker: str
+  shape: str
+  dash: tuple[float, ...]
+
+
+def style(number: int) -> Style:
+  """The look of a figure's line by its number: no two of the first 28 share two of three parts."""
+  marker, shape = list(MARKERS.items())[number % len(MARKERS)]
+  dash = DASHES[number // len(COLORS) % len(DASHES)]
+  return Style(COLORS[number % len(COLORS)], marker, shape, dash)
 
 
 def title(metric: str) -> str:
-  """How a figure writes a metric; what is none, such as a loss, by its own name."""
+  """How a figure writes a metric; a name that is of none as it is."""
   try:
     found = metrics.info(metric)
   except types.UsageError:
-    return metric
+    return metric.replace("_", " ")
   return f"{found.title} (lower is better)" if found.better == "min" else found.title
 
 
@@ -32,6 +62,18 @@ def _figure(count: int, *, columns: int | None = None, size: tuple[float, float]
   for panel in panels[count:]:
     panel.axis("off")
   return drawn, panels
+
+
+def _legend(drawn, panel) -> None:
+  """What tells a panel's lines apart, below all panels: it covers no data."""
+  handles, labels = panel.get_legend_handles_labels()
+  if not labels:
+    return
+  width = 0.55 + 0.085 * max(len(label) for label in labels)  # inches
+  columns = max(1, min(len(labels), int(drawn.get_figwidth() / width)))
+  drawn.set_figheight(drawn.get_figheight() + 0.1 + 0.19 * -(-len(labels) // columns))
+  where = dict(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+  drawn.legend(handles, labels, handlelength=3, **where)
 
 
 def _save(drawn, path: str | pathlib.Path) -> pathlib.Path:
@@ -68,14 +110,62 @@ def curves(
   for panel, metric in zip(panels, metrics, strict=True):
     for number, (label, part) in enumerate(groups):
       at, mean, std = part[x].astype(float), part[metric], part[f"{metric}_std"]
-      color = COLORS[number % len(COLORS)]
-      panel.plot(at, mean, marker="o", markersize=3.5, color=color, label=label)
-      panel.fill_between(at, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+      look = style(number)
+      _line(panel.plot, at, mean, look, label)
+      if len(groups) <= BANDS:
+        panel.fill_between(at, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0)
     panel.set_xlabel(x_label)
     panel.set_ylabel(title(metric))
     panel.grid(alpha=0.25)
-  if lines is not None:
-    panels[0].legend(frameon=False)
+  _legend(drawn, panels[0])
+  return _save(drawn, path)
+
+
+def _line(plot, x, y, look: Style, label) -> None:
+  drawn = plot(x, y, marker=look.marker, markersize=3.5, lw=1.3, color=look.color, label=label)
+  if look.dash:
+    drawn[0].set_dashes(look.dash)
+
+
+def dots(
+  table: pd.DataFrame,
+  metrics: Sequence[str],
+  path: str | pathlib.Path,
+  *,
+  x: str,
+  x_label: str,
+  lines: str,
+) -> pathlib.Path:
+  """Draws one panel per metric: a dot with a ± std bar for each category and value of `lines`.
+
+  Args:
+    table: a summary (`tables.summarize`) with the columns `x`, `lines` and the metrics.
+    metrics: names of the metrics, one panel each.
+    path: where to write the figure; its suffix picks the format.
+    x: the column of categories, which stand in order of appearance.
+    x_label: their title.
+    lines: the column whose values tell the dots of a category apart.
+
+  Returns:
+    The path.
+  """
+  drawn, panels = _figure(len(metrics), columns=2)
+  categories = list(table[x].drop_duplicates())
+  groups = list(table.groupby(lines, sort=False))
+  for panel, metric in zip(panels, metrics, strict=False):
+    for number, (label, part) in enumerate(groups):
+      look, shift = style(number), 0.8 * ((number + 0.5) / len(groups) - 0.5)
+      at = np.array([categories.index(value) for value in part[x]]) + shift
+      bars = dict(fmt=look.marker, markersize=3.5, color=look.color, elinewidth=0.8, label=label)
+      panel.errorbar(at, part[metric], part[f"{metric}_std"], **bars)
+    panel.set_xticks(range(len(categories)), categories)
+    panel.set_xticks(np.arange(len(categories) - 1) + 0.5, minor=True)
+    panel.tick_params(axis="x", length=0, which="both")
+    panel.grid(alpha=0.25, axis="y")
+    panel.grid(alpha=0.4, axis="x", which="minor")
+    panel.set_xlabel(x_label)
+    panel.set_ylabel(title(metric))
+  _legend(drawn, panels[0])
   return _save(drawn, path)
 
 
@@ -101,8 +191,7 @@ def lines(
   drawn, axes = _figure(len(groups))
   for axis, (title, part) in zip(axes, groups, strict=True):
     for number, (label, line) in enumerate(part.groupby(lines, sort=False)):
-      color = COLORS[number % len(COLORS)]
-      axis.loglog(line[x], line[y], marker="o", markersize=3.5, color=color, label=label)
+      _line(axis.loglog, line[x], line[y], style(number), label)
     ticks = sorted(part[x].unique())
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xticks([], minor=True)
@@ -111,7 +200,7 @@ def lines(
     axis.set_xlabel(title)
     axis.set_ylabel(y)
     axis.grid(alpha=0.25, which="both")
-  axes[0].legend(frameon=False)
+  _legend(drawn, axes[0])
   return _save(drawn, path)
 
 
@@ -130,12 +219,12 @@ def scatter(
   drawn, panels = _figure(len(named), columns=3)
   for panel, (title, clouds) in zip(panels, named.items(), strict=False):
     for number, (label, points) in enumerate(clouds.items()):
-      color = COLORS[number % len(COLORS)]
-      panel.scatter(*points.T, s=6, color=color, alpha=0.5, linewidths=0, label=label)
+      look = dict(color=style(number).color, marker=style(number).marker)
+      panel.scatter(*points.T, s=8, alpha=0.5, linewidths=0, label=label, **look)
     panel.set_title(title, fontsize=9)
     panel.set_xticks([])
     panel.set_yticks([])
-  panels[0].legend(frameon=False, fontsize=8)
+  _legend(drawn, panels[0])
   return _save(drawn, path)
 
 
@@ -145,24 +234,35 @@ def matrices(
   path: str | pathlib.Path,
   *,
   columns: int,
+  y_label: str = "label",
+  x_label: str = "predicted",
 ) -> pathlib.Path:
-  """Draws square matrices of counts, each row as shares of its sum.
+  """Draws square matrices of counts, coloured by their shares of the row's sum.
 
   Args:
     named: title -> [C, C] counts.
     names: C names of rows and columns.
     path: where to write the figure; its suffix picks the format.
     columns: panels side by side.
+    y_label, x_label: what rows and columns are.
 
   Returns:
     The path.
   """
-  drawn, panels = _figure(len(named), columns=columns, size=(2.6, 2.7))
+  side = 1.1 + 0.26 * max(5, len(names))
+  drawn, panels = _figure(len(named), columns=columns, size=(side, side + 0.1))
+  turned = 90 if max(len(str(name)) for name in names) > 4 else 0
   for panel, (title, counts) in zip(panels, named.items(), strict=False):
-    panel.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues")
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    panel.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+      color = "white" if shares[row, column] > 0.55 else "#333333" if count else "#aaaaaa"
+      panel.text(column, row, count, ha="center", va="center", fontsize=6, color=color)
     panel.set_title(title, fontsize=8)
-    panel.set_xticks(range(len(names)), names, fontsize=6)
+    panel.set_xticks(range(len(names)), names, fontsize=6, rotation=turned)
     panel.set_yticks(range(len(names)), names, fontsize=6)
+    panel.set_xlabel(x_label, fontsize=7)
+    panel.set_ylabel(y_label, fontsize=7)
   return _save(drawn, path)
 
 
@@ -189,7 +289,7 @@ def search_history(
   panel.set_xlabel("trial")
   panel.set_ylabel(label)
   panel.grid(alpha=0.25)
-  panel.legend(frameon=False)
+  _legend(drawn, panel)
   return _save(drawn, path)
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import re
 
 # Before JAX is imported, and for the processes that tests start: strict promotion. Compiling costs
 # most of the time, and half of it is optimizing, which tiny shapes do not need; programs are kept
@@ -26,19 +27,23 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 import pytest  # noqa: E402
+from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 
 # Files whose systems share no program: tests of one system stay together, not the whole file.
 BY_SYSTEM = ("models_test.py", "parity_test.py")
 
 
-def pytest_collection_modifyitems(items):
-  for item in items:
-    group = item.path.name
-    if group in BY_SYSTEM:
-      given = item.callspec.params if hasattr(item, "callspec") else {}
-      name = given["case"][0] if "case" in given else given.get("name", "")
-      group = f"{group}:{name}"
-    item.add_marker(pytest.mark.xdist_group(group))
+class ByProgram(LoadScopeScheduling):
+  """Tests that share compiled programs run in one process."""
+
+  def _split_scope(self, nodeid):
+    path, _, test = nodeid.partition("::")
+    system = re.search(r"\[(\w+)", test) if path.endswith(BY_SYSTEM) else None
+    return f"{path}:{system[1]}" if system else path
+
+
+def pytest_xdist_make_scheduler(config, log):
+  return ByProgram(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"

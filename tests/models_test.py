@@ -25,7 +25,7 @@ from mmjax.models import cubemlp, dmd
 BERT = dict(
   vocab_size=110,
   hidden_size=8,
-  num_hidden_layers=2,
+  num_hidden_layers=1,
   num_attention_heads=2,
   intermediate_size=8,
   max_position_embeddings=16,
@@ -179,6 +179,13 @@ class Case:
       phase.name: jax.jit(jax.value_and_grad(self.counted(phase.name, phase.loss), has_aux=True))
       for phase in self.system.phases
     }
+
+  @functools.cached_property
+  def losses(self):
+    """Each phase's loss without a key, traced: `(jaxpr, shapes of what it gives)`."""
+    trace = functools.partial(jax.make_jaxpr, return_shape=True)
+    args = self.params, self.batch, None, self.extra
+    return {phase.name: trace(phase.loss)(*args) for phase in self.system.phases}
 
   def init(self, key):
     """`System.init`, draw by draw: equal draws of all systems then share a program."""
@@ -382,11 +389,17 @@ def test_predictions_are_traced_for_any_number_of_rows(case):
   assert found["prediction"].shape[0] == rows
 
 
+def test_only_reversed_gradients_make_a_phase_reverse(case):
+  for phase in case.system.phases:
+    reversed_ = "reverse_gradient" in str(case.losses[phase.name][0])
+    assert phase.hessian == ("reverse" if reversed_ else "symmetric"), phase.name
+
+
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE and name != "lnln" else [])
-    for name in SETTINGS
+    *sorted(set(SETTINGS) - set(LARGE)),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("lnln", "smil")),
   ],
 )
 def test_phases_tell_whether_products_with_their_hessian_are_symmetric(name):
@@ -461,7 +474,7 @@ def test_in_bfloat16_products_are_halves_and_the_loss_is_the_same(name):
 def test_extra_keeps_its_structure(case):
   extra = case.extra
   for phase in case.system.phases:
-    aux = jax.eval_shape(phase.loss, case.params, case.batch, make_key(0), extra)[1]
+    aux = case.losses[phase.name][1][1]
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), (extra, aux.extra))
     assert shapes[0] == shapes[1]
 
@@ -530,11 +543,9 @@ def test_randomness_only_with_a_key(case):
     )
     assert first == again
     differs.append(first != other)
-    loss = jax.jit(phase.loss)
-    drawn = [
-      "rng_bit_generator" in loss.lower(case.params, case.batch, key, case.extra).as_text()
-      for key in (make_key(0), None)
-    ]
+    args = case.params, case.batch
+    with_key = gradient.trace(*args, make_key(0), case.extra).jaxpr  # as it was compiled above
+    drawn = ["random_bits" in str(jaxpr) for jaxpr in (with_key, case.losses[phase.name][0])]
     assert drawn == [differs[-1], False]
   assert any(differs) or (case.name in NO_DROPOUT and not case.spec.text.tokens)
 

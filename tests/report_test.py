@@ -1,15 +1,26 @@
 """The report of a robust evaluation, from made-up results."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+import browser
 from experiments import protocols
 from experiments.configs import lnln
-from experiments.report import averages, constant, methods, page, papers, predictions
+from experiments.report import (
+  averages,
+  constant,
+  markup,
+  methods,
+  page,
+  papers,
+  predictions,
+  summary,
+)
 from mmjax import data, metrics, synthetic, tables, types
 
 SPEC = types.Spec(*[types.ModalitySpec(2, 2)] * 3, num_train=4)
@@ -238,11 +249,21 @@ def test_laziness_of_one_answer():
   assert table.loc[("labels", ""), "entropy"] == table.loc[("m", "0"), "entropy"] > 1.5
 
 
-def test_the_page_holds_everything(tmp_path, capsys):
-  shown = {name: {"0": LABEL, "0.9": LABEL * 0} for name in ("lnln", "self_mm")}
-  points = np.random.default_rng(0).normal(size=(2, 6, 5))
-  features = {name: dict(zip(("0", "0.9"), points, strict=True)) for name in shown}
-  results = page.Results(make_rows(), shown, features, {"lnln": 1.5, "self_mm": 0.5})
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A page of everything: two systems and the constant, 50 utterances."""
+  out = tmp_path_factory.mktemp("report")
+  random = np.random.default_rng(0)
+  label = random.uniform(-3, 3, 50).astype(np.float32)
+  names = ("lnln", "self_mm")
+  conditions = [("rate", "0"), ("rate", "0.5"), ("rate", "0.9"), ("missing", "la")]
+  tested = {name: {c: label * (-1) ** (n > 1) for n, c in enumerate(conditions)} for name in names}
+  shown = {name: {"0": label, "0.9": label * 0} for name in names}
+  points = random.normal(size=(2, 50, 5))
+  features = {name: dict(zip(("0", "0.9"), points, strict=True)) for name in names}
+  rows = make_rows()
+  fixed = {"model": "median", "selection": constant.SELECTION, "mae": 1.4, "acc7": 0.2}
+  rows += [row | fixed for row in rows if row["model"] == "lnln"]
   words = {
     "command": "python -m experiments.robustness --configs=lnln,<b>",
     "selection": page.selection_in_words(True, "missing rate 0.5"),
@@ -255,11 +276,12 @@ def test_the_page_holds_everything(tmp_path, capsys):
     layout=(protocols.Column("{v}", "missing", "la"),),
     metrics=("acc7", "f1_happy"),
   )
-  path = page.write(
-    results,
-    LABEL,
+  return page.write(
+    page.Results(rows, tested, shown, features, {"lnln": 1.5, "self_mm": 0.5}),
+    label,
     SPEC,
-    tmp_path,
+    [f"video$_${n}" for n in range(50)],
+    out,
     words,
     dataset="mosi",
     protocol=protocol,
@@ -268,19 +290,109 @@ def test_the_page_holds_everything(tmp_path, capsys):
     quantity="p, probability of each step to go missing",
     baseline="lnln",
   )
-  text = path.read_text(encoding="utf-8")
-  assert text.count("data:image/png;base64,") == 3
-  assert "lnln,&lt;b&gt;" in text and "TEST ORACLE" in text
-  assert "http://" not in text and 'src="/' not in text  # self-contained
-  assert "Missing rates (p, probability of each step to go missing)" in text
-  assert (tmp_path / "confusion.png").stat().st_size > 5000
+
+
+def test_the_page_and_the_files_hold_everything(written):
+  text, folder = written.read_text(encoding="utf-8"), written.parent
+  assert len(text.encode()) < 1.5e6 and "lnln,&lt;b&gt;" in text and "TEST ORACLE" in text
+  assert "p, probability of each step to go missing" in text
+  for name in ("robustness", "missing", "confusion", "view"):
+    assert (folder / f"{name}.png").stat().st_size > 5000
   for name in ("average_rate", "average_missing", "rate", "missing", "beside_paper", "differences"):
-    table = pd.read_csv(tmp_path / f"{name}.csv")
-    assert (table["split"] == "test").all() and table["selection"].str.contains("valid/mae").all()
-    assert r"\toprule" in (tmp_path / f"{name}.tex").read_text(encoding="utf-8")
-  assert "{v}" in (tmp_path / "table_acc7.md").read_text() and "Accuracy" not in text
-  assert pd.read_csv(tmp_path / "missing_data.csv")["missing share"].tolist() == [0.5]
-  assert "Report" in capsys.readouterr().out
+    table = pd.read_csv(folder / f"{name}.csv")
+    assert (table["split"] == "test").all() and r"\toprule" in (folder / f"{name}.tex").read_text()
+  assert "{v}" in (folder / "table_acc7.md").read_text() and "f1_happy" not in text
+  assert pd.read_csv(folder / "missing_data.csv")["missing share"].tolist() == [0.5]
+  flipped = pd.read_csv(folder / "flips.csv").set_index(["model", "condition"])
+  assert flipped.loc[("lnln", "0.9"), ["flipped", "right to wrong"]].tolist() == [1, 1]
+  assert flipped.loc[("lnln", "0.5"), "flipped"] == 0
+
+
+def test_the_page_in_a_browser(written):
+  """It sorts, loads nothing, complains of nothing, and fits 500 pixels, in light and in dark."""
+  command = browser.find()
+  if command is None:
+    pytest.skip("needs Chromium (apt-get install chromium)")  # `.ci/run` installs it, or says so
+  with browser.Browser(command) as chromium:
+    chromium.open(written, width=500, dark=True)
+    paper = "getComputedStyle(document.body).backgroundColor"
+    dark = chromium.run(paper)
+    assert chromium.run("document.documentElement.scrollWidth") == 500
+    chromium.run("document.querySelector('[data-theme=light]').click()")
+    light = chromium.run(paper)
+    chromium.open(written)
+    assert chromium.run(paper) == light != dark
+    chromium.run("document.querySelector('[data-theme=dark]').click()")
+    assert chromium.run(paper) == dark
+
+    # sorting: the best value first, then the other way round
+    click = "document.querySelectorAll('#rate table thead button')[1].click()"
+    column = "[...document.querySelectorAll('#rate table')[0].rows].map(r => r.cells[0].innerText)"
+    assert chromium.run(f"{click}; {column}")[1:] == ["lnln", "self_mm", "median"]
+    assert chromium.run(f"{click}; {column}")[1:] == ["median", "self_mm", "lnln"]
+    assert chromium.run("document.querySelector('#rate th[aria-sort]').ariaSort") == "descending"
+
+    # figures: described, switched off line by line, told under the pointer
+    assert chromium.run("[...document.querySelectorAll('.chart')].every(c => c.ariaLabel)")
+    count = "document.querySelectorAll('#rate .chart path[aria-roledescription=point]').length"
+    assert chromium.run(count) == 3 * 3
+    chromium.run("document.querySelector('[data-line=lnln]').click()")
+    chromium.wait(f"{count} === 2 * 3")
+    where = chromium.run(
+      "(() => { const p = document.querySelector('#rate path[aria-roledescription=point]');"
+      " p.scrollIntoView({block: 'center', behavior: 'instant'});"
+      " const b = p.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
+    )
+    chromium.point(*where)
+    chromium.wait("document.querySelector('#vg-tooltip-element.visible')")
+    assert "self_mm" in chromium.run("document.querySelector('#vg-tooltip-element').innerText")
+
+    # utterances
+    rows = "document.querySelector('.flips tbody').rows.length"
+    assert chromium.run(rows) == 40
+    find = "const box = document.querySelector('.flips input'); box.value = '$_$49'"
+    assert chromium.run(f"{find}; box.dispatchEvent(new Event('input')); {rows}") == 1
+    assert "self_mm" in chromium.run("document.querySelector('.flips select').innerText")
+
+    # on paper: as in light, without what is there to be clicked
+    chromium.open(written, dark=True, media="print")
+    ink = "getComputedStyle(document.body).color"
+    assert sum(map(int, re.findall(r"\d+", chromium.run(ink)))) < 3 * 64
+    shown = "[...document.querySelectorAll('nav, .theme, .controls')].filter(e => e.offsetParent)"
+    assert chromium.run(f"{shown}.length") == 0
+  assert chromium.complaints == []
+  assert {address.partition(":")[0] for address in chromium.requests} <= {"file"}
+
+
+def test_who_leads_by_how_much_and_how_sure_that_is():
+  rows = make_rows()
+  rows += [
+    {**row, "model": "median", "selection": constant.SELECTION, "mae": 1.4} for row in rows[:16]
+  ]
+  table = summary.leaders(rows, {"rate": "missing rates"}, ["mae", "acc7"]).set_index("metric")
+  mae = table.loc["mae"]
+  assert (mae["leader"], mae["next"], mae["n"]) == ("lnln", "self_mm", 2)
+  np.testing.assert_allclose(mae["lead"], 0.2 - 0.2 * 1.4 / 3)
+  p = averages.differences(rows[:32], "lnln").set_index("model").loc["self_mm", "p mae"]
+  np.testing.assert_allclose([mae["p"], mae["Holm p"]], p)  # the constant is no rival
+  assert mae["constant"] == 1.4 and table.loc["acc7", "lead"] == 0
+  (told,) = summary.sentences(table.reset_index(), {"rate": "missing rates"})
+  assert "<b>lnln</b> leads on missing rates" in told and "<b>self_mm</b>" in told
+  warned = summary.cautions(rows, {"rate": "missing rates"}, "mae")
+  assert any("below 5" in one for one in warned) and not any("constant" in one for one in warned)
+  rows = [row | {"mae": row["mae"] + 1} for row in rows[:32]] + rows[32:]
+  warned = summary.cautions(rows, {"rate": "missing rates"}, "mae")
+  assert "lnln, self_mm" in next(one for one in warned if "constant" in one)
+
+
+def test_tables_mark_the_best_of_what_competes():
+  frame = pd.DataFrame(
+    {"model": ["a", "b", "median"], "n": [3, 3, 1], "mae": [1.0, 0.9, 0.1], "corr": [0.2, 0.1, 0.0]}
+  )
+  text = markup.table(frame, "c", beside=["median"])
+  assert text.count('class="best"') == 2
+  assert "<strong>0.900</strong>" in text and "<strong>0.200</strong>" in text
+  assert "lower is better" in text and ">n<" not in text
 
 
 def test_methods_against_a_baseline(tmp_path, capsys):

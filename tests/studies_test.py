@@ -77,6 +77,9 @@ def test_compare_trains_what_is_missing_and_writes_tables_and_figures(folder):
     assert not (path.parent / "together").exists()
   for name in ("epochs_valid.png", "epochs_test.png", "robustness.png"):
     assert (out / name).stat().st_size > 5000
+  told = (out / "report.html").read_text(encoding="utf-8")
+  for part in ("Methods against the baseline", "Over the epochs", "Which answers flip", "M3S"):
+    assert part in told, part
   rows = pd.read_csv(out / "robustness_runs.csv")
   assert len(rows) == (2 * 2 * 2 + 1) * (2 + 10)  # and the constant's
   # the terminal gets the rates against the methods, the files the long table

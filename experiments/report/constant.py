@@ -7,6 +7,8 @@ import numpy as np
 
 from mmjax import data, evaluate, metrics, types
 
+SELECTION = "of the training labels"  # what a constant's rows say instead of an epoch's selection
+
 
 def answer(train: Any, spec: types.Spec) -> tuple[str, np.ndarray]:
   """The best constant of the training labels.
@@ -52,7 +54,7 @@ def rows(
   label = np.asarray(dataset.test.label)
   prediction = np.broadcast_to(constant, (len(label), *constant.shape))
   found = metrics.compute(dataset.spec, prediction, label, swapped=swapped)
-  told = {column: name, "split": "test", "selection": "of the training labels"}
+  told = {column: name, "split": "test", "selection": SELECTION}
   return [
     {**told, "seed": 0, "kind": one.kind, "condition": one.name, "mask_seed": 0, **found}
     for one in {(one.kind, one.name): one for one in conditions}.values()

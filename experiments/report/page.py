@@ -1,8 +1,5 @@
-"""The report of a robust evaluation: tables, figures, one self-contained HTML page."""
+"""The report of a study: tables and figures in files, and one HTML page with all of it."""
 
-import base64
-import html
-import importlib.metadata
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +9,8 @@ import pandas as pd
 
 from mmjax import metrics, plots, tables, types
 
-from .. import protocols, workdir
-from . import averages, predictions, rates
+from .. import protocols
+from . import averages, document, flips, predictions, rates, sections
 
 
 class Results(NamedTuple):
@@ -21,15 +18,25 @@ class Results(NamedTuple):
 
   Attributes:
     rows: per variant, condition, seed and mask seed: the metrics.
+    tested: variant -> (kind, condition) -> predictions [N, ...] of the first seed and mask.
     shown: variant -> rate -> predictions [N, ...] of the first seed.
     features: variant -> rate -> representations [N, D] of the first seed.
     seconds: variant -> seconds of one whole grid, compiled.
   """
 
   rows: list[dict]
+  tested: dict[str, dict[tuple[str, str], np.ndarray]]
   shown: dict[str, dict[str, np.ndarray]]
   features: dict[str, dict[str, np.ndarray]]
   seconds: dict[str, float]
+
+
+KINDS = {
+  "interval": "Intervals of missing rates",
+  "rate": "Missing rates",
+  "missing": "Missing modalities",
+  "complete": "Complete data",
+}
 
 
 def selection_in_words(oracle: bool, condition: str) -> str:
@@ -46,6 +53,7 @@ def write(
   results: Results,
   label: np.ndarray,
   spec: types.Spec,
+  ids: Sequence[str],
   out: pathlib.Path,
   words: Mapping[str, str],
   *,
@@ -63,6 +71,7 @@ def write(
     results: what the variants gave.
     label: [N] the test labels.
     spec: of the dataset.
+    ids: N names of the test utterances.
     out: the output folder.
     words: what was done, by heading.
     dataset: its name.
@@ -76,16 +85,18 @@ def write(
   Returns:
     The page's path.
   """
-  rows, parts, figures = results.rows, {}, {}
   rows = [
-    {**{k: row[k] for k in averages.KEYS}, **{n: row[n] for n in averages.metric_names(rows)}}
-    for row in rows
+    {
+      **{k: row[k] for k in averages.KEYS},
+      **{n: row[n] for n in averages.metric_names(results.rows)},
+    }
+    for row in results.rows
   ]
   by, first = ("model", "split", "selection", "kind", "condition"), protocol.metrics
   table = rates.write(rows, out, by=by, lines="model", show=False, first=first, quantity=quantity)
   stated = {row["model"]: (row["split"], row["selection"]) for row in rows}
 
-  def add(title, name, found):
+  def save(name, found):
     """Every row of a model's says its split and what selected the epoch."""
     if "model" in found and "split" not in found:
       told = [stated.get(model, ("", "")) for model in found["model"]]
@@ -95,81 +106,55 @@ def write(
         split=[split for split, _ in told], selection=[selection for _, selection in told]
       )
     tables.save(found, out / name)
-    parts[title] = found
 
-  kinds = {
-    "rate": f"Missing rates ({quantity})",
-    "interval": "Intervals of missing rates",
-    "missing": "Missing modalities",
-  }
-  kinds = {kind: title for kind, title in kinds.items() if kind in set(table["kind"])}
-  for metric in (name for name in protocol.metrics if name in table and protocol.layout):
-    found = averages.as_printed(rows, paper, protocol.layout, metric)
-    add(f"{metrics.info(metric).title}, by what is left", f"table_{metric}", found)
+  kinds = {kind: title for kind, title in KINDS.items() if kind in set(table["kind"])}
+  shown = [name for name in first if name in table] or metrics.headline(table.columns)
+  parts = [sections.make_summary(rows, kinds, shown, words)]
   for kind, title in kinds.items():
-    average = averages.averages(rows, kind)
+    average, against = averages.averages(rows, kind), None
     print(f"\n{title}, means over all:\n{rates.headlines(average, ['model'], first)}")
-    add(f"{title}: means over all, ± std over training seeds", f"average_{kind}", average)
-  if "rate" in kinds:
-    figures[f"Metrics against the missing rate ({quantity})"] = out / "robustness.png"
-  for kind, title in kinds.items():
-    if baseline is None:
-      break
-    title = f"Differences from {baseline}, means over all, p of a t-test. {title}"
-    name = "differences" if kind == "rate" else f"differences_{kind}"
-    add(title, name, averages.differences(rows, baseline, kind))
-  for kind, title in kinds.items():
+    save(f"average_{kind}", average)
+    if baseline is not None:
+      against = averages.differences(rows, baseline, kind)
+      save("differences" if kind == "rate" else f"differences_{kind}", against)
     found: Any = table[table["kind"] == kind].drop(columns="kind")
     told = "missing" if kind == "missing" else quantity  # what a number in this column is
-    add(title, kind, found.rename(columns={"condition": told}))
+    save(kind, found.rename(columns={"condition": told}))
+    args = (table, rows, kind, title, shown, quantity, average, against, baseline)
+    parts.append(sections.make_kind(*args))
+  if "missing" in kinds:
+    subsets: Any = table[table["kind"] == "missing"]
+    label_x = "missing modalities"
+    plots.dots(subsets, shown, out / "missing.png", x="condition", x_label=label_x, lines="model")
+  for metric in (name for name in protocol.metrics if name in table and protocol.layout):
+    save(f"table_{metric}", averages.as_printed(rows, paper, protocol.layout, metric))
   if paper is not None:
     beside: Any = averages.beside_paper(rows, paper)
     beside = beside[beside["paper"].notna() | (beside["note"] != "")]
     if len(beside):
-      add("Beside the paper's values", "beside_paper", beside)
-  if missing:
-    parts["What was missing in the tests, exactly"] = rates.missing(missing, out, [])
+      save("beside_paper", beside)
+      parts.append(sections.make_paper(rows, paper, protocol.layout, beside))
+  if any(results.tested.values()):
+    flipped = flips.table(results.tested, label, spec)
+    save("flips", flipped)
+    parts.append(sections.make_flips(results.tested, flipped, ids, label, spec))
   if any(results.shown.values()):
-    add(
-      "Laziness: do predictions collapse?",
-      "laziness",
-      predictions.laziness(results.shown, label, spec),
-    )
-    name = "Confusion matrices of the first seed (rows: labels)"
-    figures[name] = predictions.confusion_figure(results.shown, label, spec, out)
+    lazy = predictions.laziness(results.shown, label, spec)
+    save("laziness", lazy)
+    names, found = predictions.confusions(results.shown, label, spec)
+    predictions.confusion_figure(names, found, out)
+    parts.append(sections.make_predictions(names, found, lazy))
   if any(results.features.values()):
-    title = f"Representations at several missing rates, {predictions.TITLES[view]}"
-    figures[title] = plots.scatter(
-      {model: predictions.view(features, view) for model, features in results.features.items()},
-      out / "view.png",
-    )
-  seconds = [{"model": name, "seconds": value} for name, value in results.seconds.items()]
-  add("Seconds of one seed's whole grid, compiled", "seconds", pd.DataFrame(seconds))
-  page = _page(parts, figures, words, dataset)
-  path = out / "report.html"
-  path.write_text(page, encoding="utf-8")
+    points = {model: predictions.view(one, view) for model, one in results.features.items()}
+    plots.scatter(points, out / "view.png")
+    parts.append(sections.make_view(points, ids, label, spec, predictions.TITLES[view]))
+  if missing:
+    parts.append(sections.make_missing(rates.missing(missing, out, [])))
+  if results.seconds:
+    seconds = pd.DataFrame(results.seconds.items(), columns=["model", "seconds"])
+    save("seconds", seconds)
+    parts.append(sections.make_seconds(seconds))
+  title = f"Robust evaluation on {dataset}"
+  path = document.write(out / "report.html", title, words, parts, averages.metric_names(rows))
   print(f"Report: {path}")
   return path
-
-
-def _page(parts, figures, words, dataset) -> str:
-  versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in workdir.LIBRARIES)
-  told = {**words, "versions": versions}
-  body = [f"<h1>Robust evaluation on {html.escape(dataset)}</h1>", "<dl>"]
-  body += [f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in told.items()]
-  body.append("</dl>")
-  for title, path in figures.items():
-    image = base64.b64encode(path.read_bytes()).decode()
-    body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">')
-  for title, table in parts.items():
-    text = tables.readable(table).to_html(index=False)
-    body.append(f"<h2>{html.escape(title)}</h2>{text}")
-  style = (
-    "body{font:15px sans-serif;max-width:1200px;margin:2em auto}table{border-collapse:collapse;"
-    "font-size:13px;display:block;overflow-x:auto}td,th{padding:2px 8px;text-align:right;"
-    "border-bottom:1px solid #ddd}dt{font-weight:bold}img{max-width:100%}"
-  )
-  return (
-    f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Robustness</title>'
-    f"<style>{style}</style><body>{''.join(body)}</body></html>\n"
-  )

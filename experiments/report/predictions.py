@@ -75,22 +75,46 @@ VIEWS: dict[str, Callable[[list[np.ndarray]], list[np.ndarray]]] = {
 TITLES = {"pca": "two principal components", "tsne": "t-SNE of all together"}
 
 
-def confusion_figure(shown, label, spec, out) -> pathlib.Path:
-  """`confusion.png`: a row per model, a column per missing rate (Figs. 5-7)."""
-  truth = classes_of(label, spec)
-  low, high = (round(end) for end in spec.label_range)
-  names = list(range(spec.num_classes)) if spec.num_classes else list(range(low, high + 1))
-  if spec.problems:  # of all sets of yes, those that occur
-    seen = [classes_of(values, spec) for one in shown.values() for values in one.values()]
-    names = sorted(set(np.concatenate([truth, *seen]).tolist()))
+def class_names(spec: types.Spec) -> list[str]:
+  """What `classes_of` gives, from the lowest on."""
+  if spec.problems:  # all sets of those whose answer is yes
+    yes = ([p for k, p in enumerate(spec.problems) if n >> k & 1] for n in range(spec.num_classes))
+    return ["+".join(one) or "-" for one in yes]
+  low, high = (0, spec.num_classes - 1) if spec.num_classes else map(round, spec.label_range)
+  return [str(n) for n in range(low, high + 1)]
+
+
+def confusions(
+  shown: Mapping[str, Mapping[str, np.ndarray]], label: np.ndarray, spec: types.Spec
+) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
+  """Confusion matrices [C, C], rows being labels, by model and condition.
+
+  Args:
+    shown: model -> condition -> predictions [N, ...].
+    label: [N].
+    spec: of the dataset.
+
+  Returns:
+    The C names of the classes (of binary problems, only of answers that occur), and the counts.
+  """
+  low = 0 if spec.num_classes else round(spec.label_range[0])
+  truth, names = classes_of(label, spec) - low, class_names(spec)
   found = {
-    f"{model}, rate {condition}": sklearn.metrics.confusion_matrix(
-      truth, classes_of(values, spec), labels=names
-    )
-    for model, predictions in shown.items()
-    for condition, values in predictions.items()
+    model: {c: classes_of(values, spec) - low for c, values in one.items()}
+    for model, one in shown.items()
   }
-  columns = max(len(predictions) for predictions in shown.values())
+  kept = list(range(len(names)))
   if spec.problems:
-    names = ["+".join(p for k, p in enumerate(spec.problems) if n >> k & 1) or "-" for n in names]
-  return plots.matrices(found, names, out / "confusion.png", columns=columns)
+    every = [truth, *(values for one in found.values() for values in one.values())]
+    kept = np.unique(np.concatenate(every)).tolist()
+  return [names[n] for n in kept], {
+    model: {c: sklearn.metrics.confusion_matrix(truth, v, labels=kept) for c, v in one.items()}
+    for model, one in found.items()
+  }
+
+
+def confusion_figure(names, found, out: pathlib.Path) -> pathlib.Path:
+  """`confusion.png`: a row per model, a column per missing rate (Figs. 5-7), of `confusions`."""
+  titled = {f"{model}, rate {c}": counts for model, of in found.items() for c, counts in of.items()}
+  columns = max(len(one) for one in found.values())
+  return plots.matrices(titled, names, out / "confusion.png", columns=columns)

@@ -42,7 +42,7 @@ def write(
   rates: Any = table[(table["kind"] == "rate") & ~table["condition"].str.contains("-")]
   if len(rates):
     if lines == "method" and "missing_rate" in rates:
-      rates = rates.assign(method=_lines(rates))
+      rates = rates.assign(method=line_names(rates))
     path = plots.curves(
       rates, shown, out / "robustness.png", x="condition", x_label=quantity, lines=lines
     )
@@ -84,7 +84,7 @@ def headlines(table: Any, by: Sequence[str], first: Sequence[str] = ()) -> str:
 def pivots(table: pd.DataFrame, lines: str, shown: Sequence[str]) -> str:
   """A summary for the terminal: per headline metric, conditions × `lines`."""
   if "missing_rate" in table:
-    table = table.assign(**{lines: _lines(table)})
+    table = table.assign(**{lines: line_names(table)})
   parts = []
   for metric in shown:
     matrix = tables.pivot(table, rows=["kind", "condition"], columns=lines, metric=metric)
@@ -93,30 +93,40 @@ def pivots(table: pd.DataFrame, lines: str, shown: Sequence[str]) -> str:
   return "\n\n".join(parts)
 
 
-def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> None:
+def epochs(rows: Sequence[dict], out: str | pathlib.Path) -> dict[str, pd.DataFrame]:
   """Draws `epochs_valid.png` and `epochs_test.png`: metrics against the epoch, per method.
 
   Args:
     rows: per run and epoch: "missing_rate", "method", "seed", "split", "epoch", "train_loss"
       and metrics (none on the test split where it was not logged).
     out: the output folder.
+
+  Returns:
+    What was drawn, by split: a summary by "method" and "epoch".
   """
-  out = pathlib.Path(out)
+  out, found = pathlib.Path(out), {}
   groups: Any = pd.DataFrame(rows).groupby("split")
-  for split, part in groups:
+  for split, part in sorted(groups, reverse=True):  # validation first
     part = part.drop(columns="split").dropna(axis=1, how="all").dropna()
-    shown = ["train_loss", *metrics.headline(part.columns)][:4]
+    shown = epoch_metrics(part)
     if len(shown) == 1 or part.empty:
       continue
-    part["method"] = _lines(part)
+    part["method"] = line_names(part)
     table = tables.summarize(part.drop(columns="missing_rate"), ("method", "epoch"))
     path = plots.curves(
       table, shown, out / f"epochs_{split}.png", x="epoch", x_label="epoch", lines="method"
     )
     print(f"Curves over the epochs: {path}")
+    found[split] = table
+  return found
 
 
-def _lines(frame: Any) -> Any:
+def epoch_metrics(table: pd.DataFrame) -> list[str]:
+  """What curves over the epochs show."""
+  return ["train_loss", *metrics.headline(table.columns)][:4]
+
+
+def line_names(frame: Any) -> Any:
   """What tells the lines of a figure apart: the method, and the missing rate if there are more."""
   if frame["missing_rate"].nunique() == 1:
     return frame["method"]
