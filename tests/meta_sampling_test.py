@@ -1,7 +1,5 @@
 """The study of meta-sampling: what costs as much, what is tuned, read once, tested in pairs."""
 
-import json
-
 import jax
 import numpy as np
 import pandas as pd
@@ -90,12 +88,13 @@ def test_every_method_draws_as_many_trials_the_first_of_which_changes_nothing():
 
 
 def test_the_test_split_is_read_once_unless_somebody_insists(tmp_path):
-  assert meta_sampling.allow_reading(tmp_path, "main", False) == 1
+  meta_sampling.check_reading(tmp_path, "main", False)
+  assert meta_sampling.note_reading(tmp_path, "main") == 1
   with pytest.raises(types.UsageError, match="was read for 'main' on 20.*--again"):
-    meta_sampling.allow_reading(tmp_path, "main", False)
-  assert meta_sampling.allow_reading(tmp_path, "variants", False) == 1
-  assert meta_sampling.allow_reading(tmp_path, "main", True) == 2
-  assert len(json.loads((tmp_path / "test_read.json").read_text())["main"]) == 2
+    meta_sampling.check_reading(tmp_path, "main", False)
+  meta_sampling.check_reading(tmp_path, "variants", False)
+  meta_sampling.check_reading(tmp_path, "main", True)
+  assert meta_sampling.note_reading(tmp_path, "main") == 2
 
 
 def test_paired_comparisons_are_those_of_the_differences():
@@ -162,7 +161,7 @@ def test_a_table_is_trained_and_tested_once(folder):
   toy_config = ROOT / "tests" / "toy_config.py"
   flags = (
     f"--config={toy_config}:tiny",
-    *("--config.train.batch_size=8", "--config.train.epochs=2", "--lines=SPL-TRN", "--trials=0"),
+    *("--config.train.batch_size=8", "--config.train.epochs=2", "--line=SPL-TRN", "--trials=0"),
     *("--seeds=2", "--mask_seeds=1", "--schedule=together", "--curve=0.5", "--timed_steps=0"),
     f"--data_dir={folder / 'data'}",
     f"--out={folder / 'study'}",

@@ -40,8 +40,8 @@ _OUT = flags.DEFINE_string("out", "", "Folder of the runs and tables.", flag_val
 _TABLE = flags.DEFINE_enum(
   "table", "main", [*lines.TABLES, "why"], "Which table.", flag_values=_FLAGS
 )
-_LINES = flags.DEFINE_list(
-  "lines", [], "Only these lines and their rivals; all if unset.", flag_values=_FLAGS
+_LINES = flags.DEFINE_multi_string(
+  "line", [], "Only this line, or these, and their rivals; all if unset.", flag_values=_FLAGS
 )
 _TRIALS = flags.DEFINE_integer(
   "trials", 12, "Trials of each method's search.", lower_bound=0, flag_values=_FLAGS
@@ -91,23 +91,28 @@ def conditions(config: settings.Config) -> list[evaluate.Condition]:
   return list(found.values())
 
 
-def allow_reading(out: pathlib.Path, table: str, again: bool) -> int:
-  """Notes that the test split is read for a table; returns how often it has been by now.
-
-  Raises:
-    UsageError: if it was read before, unless that is asked for.
-  """
+def readings(out: pathlib.Path, table: str) -> list[str]:
+  """When the test split was read for a table."""
   path = out / "test_read.json"
-  read = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-  times = read.get(table, [])
-  if times and not again:
+  return (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}).get(table, [])
+
+
+def check_reading(out: pathlib.Path, table: str, again: bool) -> None:
+  """Raises a `UsageError` if the test split was read for a table, unless that is asked for."""
+  if (times := readings(out, table)) and not again:
     raise types.UsageError(
       f"the test split was read for {table!r} on {times[-1]}; its results are in {out}. Who reads"
       " it again after having changed anything selects by it: --again does, and the tables say so."
     )
+
+
+def note_reading(out: pathlib.Path, table: str) -> int:
+  """Notes that the test split is read for a table; returns how often it has been by now."""
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  workdir.write_atomically(path, json.dumps({**read, table: [*times, now]}, indent=2) + "\n")
-  return len(times) + 1
+  found = {one: readings(out, one) for one in lines.TABLES}
+  found[table] = [*found[table], now]
+  workdir.write_atomically(out / "test_read.json", json.dumps(found, indent=2) + "\n")
+  return len(found[table])
 
 
 def validation_rows(runs: study.Study) -> list[dict]:
@@ -224,6 +229,8 @@ def main():
   if _TEST.value and table == "why":
     raise types.UsageError("--table=why looks at the training split alone: it has no --test.")
   conditions(config)  # what they cannot be is told before any work
+  if _TEST.value:
+    check_reading(out, table, _AGAIN.value)
   world = prepare(config, data_dir)
   if _TUNED.value:
     numbers = search.read(_TUNED.value)
@@ -251,7 +258,7 @@ def main():
   if not _TEST.value:
     cli.note("the test split was not read; the same command with --test does so, once.")
     return
-  times = allow_reading(out, table, _AGAIN.value)
+  times = note_reading(out, table)
   rows = [row for one in runs.evaluate(conditions, mask_seeds) for row in one.rows]
   trained = build.valid_condition(config).name
   asked = {trained, *(one.name for one in evaluate.parse_rates(",".join(_SHIFTS.value)))}
