@@ -107,7 +107,8 @@ def share(loss: Callable, mesh: Mesh | None) -> Callable:
 
   Args:
     loss: `(params, batch, *args) -> …`; the leaves of the batch are [B, ...].
-    mesh: the devices, whose number divides B; None returns the loss as it is.
+    mesh: the devices; None returns the loss as it is. A batch whose rows they cannot share evenly
+      is computed by each of them (`meta.hardest` takes the loss of single rows).
 
   Returns:
     A loss with the signature of `loss`.
@@ -117,6 +118,8 @@ def share(loss: Callable, mesh: Mesh | None) -> Callable:
   rows = NamedSharding(mesh, PartitionSpec(AXIS))
 
   def shared(params, batch, *args):
+    if jax.tree.leaves(batch)[0].shape[0] % mesh.size:
+      return loss(params, batch, *args)
     token = _MESH.set(mesh)
     try:
       return loss(params, jax.lax.with_sharding_constraint(batch, rows), *args)
