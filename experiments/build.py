@@ -134,8 +134,15 @@ def valid_condition(config: Config) -> evaluate.Condition:
 def make_method(config: Config) -> types.Method:
   """The training method that `config.method` names, over the missing data of training."""
   given = settings.plain(config.method)
-  name = given.pop("name")
-  return _call("method", name, settings.factory(config, "method"), make_mask(config), **given)
+  name, factory = given.pop("name"), settings.factory(config, "method")
+  taken = settings.takes("method", factory)
+  if takes_rate(config) and "at_rate" in (registry.settings_of(factory) or ()):
+
+    def at_rate(rate):
+      return _mask({**settings.plain(config.mask), "rate": rate}, True)
+
+    factory = functools.partial(factory, at_rate=at_rate)
+  return registry.call("method", name, factory, taken, make_mask(config), **given)
 
 
 def title(config: Config) -> str:

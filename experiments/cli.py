@@ -30,7 +30,8 @@ def told(text: str) -> str:
     name = "prepare" if found[1] == "convert" else found[1].replace("_", "-")
     return f"mmjax-{name}"
 
-  return re.sub(r"python -m (?:experiments|data_prep)\.(\w+)", command, text)
+  text = re.sub(r"python -m (?:experiments|data_prep)\.(\w+)\b(?!\.\w)", command, text)
+  return text.replace("python -m experiments.", f"python -m {__package__}.")  # a study's
 
 
 def binary(flag_values: flags.FlagValues, doc: str | None, *, required: Sequence[str] = ()):

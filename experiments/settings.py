@@ -27,7 +27,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
   "mask": masking.MASKS,
 }
 NEVER = {  # parameters of factories that are no settings
-  "method": {"mask"},
+  "method": {"mask", "at_rate"},
   "optimizer": {"total_steps", "differentiable"},
   "data": {"arrays", "data_dir", "options"},
 }

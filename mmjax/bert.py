@@ -87,7 +87,7 @@ class _Block(nn.Module):
   @nn.compact
   def __call__(self, x: Array, bias: Array) -> Array:
     config, width = self.config, self.config.hidden_size
-    init = nn.initializers.normal(config.initializer_range)
+    init = layers.normal(config.initializer_range)
     norm = lambda name: layers.LayerNorm(epsilon=config.layer_norm_eps, name=name)  # noqa: E731
 
     def heads(name):
@@ -156,7 +156,7 @@ class Bert(nn.Module):
         f"BERT has {config.max_position_embeddings} positions, but the text has {ids.shape[1]}"
         " tokens: shorten the sequences."
       )
-    init = nn.initializers.normal(config.initializer_range)
+    init = layers.normal(config.initializer_range)
 
     def table(name, rows):
       return self.param(name, init, (rows, config.hidden_size))

@@ -33,11 +33,14 @@ class Attention(nn.Module):
   def __call__(self, target: Array, source: Array) -> Array:
     width, inner = target.shape[-1], self.heads * HEAD
 
-    def project(x, name):
-      x = layers.LayerNorm(name=f"norm_{name}")(x)
-      return layers.Dense(inner, use_bias=False, name=f"to_{name}")(x)
-
-    q, k, v = project(target, "q"), project(source, "k"), project(source, "v")
+    normed = layers.together(
+      [layers.LayerNorm(name=f"norm_{name}") for name in "qkv"],
+      [(target,), (source,), (source,)],
+    )
+    q, k, v = layers.together(
+      [layers.Dense(inner, use_bias=False, name=f"to_{name}") for name in "qkv"],
+      [(x,) for x in normed],
+    )
     y = attend(q, k, v, self.heads)
     if self.heads == 1 and width == HEAD:  # as published, nothing is projected back then
       return y
@@ -100,17 +103,19 @@ class HyperLearning(nn.Module):
   def __call__(self, text: Array, audio: Array, vision: Array, hyper: Array) -> Array:
     """Text and hyper [B, T, D], audio and vision [B, N, D] -> hyper [B, T, D]."""
     width = hyper.shape[-1]
-    sources = (text, audio, vision, hyper)
-    text, audio, vision, hyper = (
-      layers.LayerNorm(name=f"norm{n}")(x) for n, x in enumerate(sources, 1)
+    text, audio, vision, hyper = layers.together(
+      [layers.LayerNorm(name=f"norm{n}") for n in range(1, 5)],
+      [(x,) for x in (text, audio, vision, hyper)],
     )
-
-    def project(x, name):
-      return layers.Dense(width, use_bias=False, name=name)(x)
-
-    q = project(text, "to_q")
-    y = attend(q, project(audio, "to_k_ta"), project(audio, "to_v_ta"), self.heads)
-    y += attend(q, project(vision, "to_k_tv"), project(vision, "to_v_tv"), self.heads)
+    asked = {"to_q": text, "to_k_ta": audio, "to_k_tv": vision, "to_v_ta": audio, "to_v_tv": vision}
+    q, *found = layers.together(
+      [layers.Dense(width, use_bias=False, name=name) for name in asked],
+      [(x,) for x in asked.values()],
+    )
+    # the heads of both questions side by side: one attention
+    query, key, value = (jnp.concatenate(pair, -1) for pair in ((q, q), found[:2], found[2:]))
+    of_audio, of_vision = jnp.split(attend(query, key, value, 2 * self.heads), 2, -1)
+    y = of_audio + of_vision
     return hyper + (y if self.heads == 1 else layers.Dense(width, name="to_out")(y))
 
 

@@ -4,8 +4,10 @@ Sequences are [B, L, D] with `valid` [B, L], True on the real steps, which come 
 Every module is a linen module; dropout is on where a "dropout" key is given to `apply`.
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -17,6 +19,17 @@ import numpy as np
 from mmjax import recurrence, types
 
 Array = types.Array
+
+
+def one_program(init: Callable) -> Callable:
+  """An initializer as one program: its operations one by one would round differently."""
+  return jax.jit(init, static_argnums=(1, 2))
+
+
+@functools.cache
+def normal(std: float) -> Callable:
+  """N(0, std²)."""
+  return one_program(nn.initializers.normal(std))
 
 
 def uniform(bound: float) -> Callable:
@@ -107,16 +120,21 @@ class LayerNorm(nn.Module):
 class Dropout(nn.Module):
   """Drops entries where `apply` got a "dropout" key, and is the identity elsewhere."""
 
-  rate: float
+  rate: Any  # a number; of several towers an array [], see `together`
 
   @property
   def acts(self) -> bool:
-    """Whether it drops anything here."""
-    return self.rate > 0 and self.has_rng("dropout")
+    """Whether it may drop anything here."""
+    return self.has_rng("dropout") and not (isinstance(self.rate, (int, float)) and self.rate == 0)
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+    if not isinstance(self.rate, jax.Array):
+      return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+    if not self.acts:
+      return x
+    keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+    return jnp.where(keep, x / (1 - self.rate).astype(x.dtype), 0)
 
 
 class Conv1d(nn.Module):
@@ -463,3 +481,58 @@ def pool(x: Array, valid: Array, pooling: str) -> Array:
   """[B, L, D] -> [B, D]: the "first" step ([CLS]) or the "mean" of the valid steps."""
   check_pooling(pooling)
   return x[:, 0] if pooling == "first" else mean_over_steps(x, valid)
+
+
+def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> list[Any]:
+  """Calls modules; those that differ in parameters, inputs and rates of dropout alone, as one.
+
+  Inside of a module. One vmapped tower is a fraction of the operations, which an accelerator
+  launches one by one and every compiler takes its time for. Names and layout of the parameters are
+  those of single calls.
+
+  Args:
+    towers: modules without variables other than parameters, named, of this module.
+    inputs: the arguments of each.
+
+  Returns:
+    What each of them returns.
+  """
+  if len(towers) < 2 or towers[0].is_initializing():
+    return [tower(*args) for tower, args in zip(towers, inputs, strict=True)]
+
+  def settings(tower):
+    own = {f.name: getattr(tower, f.name) for f in dataclasses.fields(tower)}
+    return {name: value for name, value in own.items() if name not in ("parent", "name")}
+
+  def kind(n):
+    fixed = {k: v for k, v in settings(towers[n]).items() if not k.endswith("dropout")}
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), inputs[n])
+    return type(towers[n]), fixed, shapes
+
+  groups: list[list[int]] = []
+  for n in range(len(towers)):
+    same = [group for group in groups if kind(group[0]) == kind(n)]
+    same[0].append(n) if same else groups.append([n])
+  found: list[Any] = [None] * len(towers)
+  for group in groups:
+    first, drops = towers[group[0]], towers[group[0]].has_rng("dropout")
+    if len(group) == 1:
+      found[group[0]] = first(*inputs[group[0]])
+      continue
+    rates = {
+      name: jnp.stack([jnp.float32(getattr(towers[n], name)) for n in group])
+      for name in settings(first)
+      if drops and len({getattr(towers[n], name) for n in group if name.endswith("dropout")}) > 1
+    }
+    keys = [towers[n].make_rng("dropout") for n in group] if drops else []
+
+    def run(params, rates, keys, args, first=first):
+      module = first.clone(parent=None, name=None, **rates)
+      return module.apply({"params": params}, *args, rngs={"dropout": keys[0]} if keys else {})
+
+    every = [towers[n].variables["params"] for n in group], [inputs[n] for n in group]
+    params, args = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in every)
+    out = jax.vmap(run)(params, rates, [jnp.stack(keys)] if drops else [], args)
+    for place, n in enumerate(group):
+      found[n] = jax.tree.map(lambda a, place=place: a[place], out)
+  return found

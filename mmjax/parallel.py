@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -106,7 +107,8 @@ def share(loss: Callable, mesh: Mesh | None) -> Callable:
 
   Args:
     loss: `(params, batch, *args) -> …`; the leaves of the batch are [B, ...].
-    mesh: the devices, whose number divides B; None returns the loss as it is.
+    mesh: the devices; None returns the loss as it is. A batch whose rows they cannot share evenly
+      is computed by each of them (`meta.hardest` takes the loss of single rows).
 
   Returns:
     A loss with the signature of `loss`.
@@ -116,6 +118,8 @@ def share(loss: Callable, mesh: Mesh | None) -> Callable:
   rows = NamedSharding(mesh, PartitionSpec(AXIS))
 
   def shared(params, batch, *args):
+    if jax.tree.leaves(batch)[0].shape[0] % mesh.size:
+      return loss(params, batch, *args)
     token = _MESH.set(mesh)
     try:
       return loss(params, jax.lax.with_sharding_constraint(batch, rows), *args)
@@ -125,10 +129,53 @@ def share(loss: Callable, mesh: Mesh | None) -> Callable:
   return shared
 
 
+def gather(tree: Any) -> Any:
+  """In a loss of `share`: arrays [B, ...] of which each device has its rows, whole on all of them.
+
+  Between what reads row by row and what reads the batch: one exchange, not one for each statistic.
+  """
+  mesh = _MESH.get()
+  return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def jit(function: Callable, mesh: Mesh | None, **options) -> Callable:
   """`jax.jit`, for several devices with results that each of them holds."""
   placed = {} if mesh is None else {"out_shardings": replicated(mesh)}
   return jax.jit(function, **placed, **options)
+
+
+class Program:
+  """`jit` of a function of arguments of always the same shapes, consuming the first two.
+
+  Arrays that the function closes over, as missing rates, are arguments of what is compiled: one
+  program in the persistent cache serves all their values.
+  """
+
+  def __init__(self, function: Callable, mesh: Mesh | None):
+    self._function, self._mesh = function, mesh
+    self._traced: tuple[Any, list[Any]] | None = None
+
+  def __call__(self, *args: Any) -> Any:
+    program, constants = self._trace(args)
+    return program(*args, constants)
+
+  def lower(self, *args: Any) -> jax.stages.Lowered:
+    """As that of `jax.jit`; what it compiles takes one argument more, a list of arrays."""
+    program, constants = self._trace(args)
+    return program.lower(*args, constants)
+
+  def _trace(self, args):
+    if self._traced is None:
+      found, shapes = jax.make_jaxpr(self._function, return_shape=True)(*args)
+
+      def run(*args):
+        *args, constants = args
+        out = core.eval_jaxpr(found.jaxpr, constants, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+      program = jit(run, self._mesh, donate_argnums=(0, 1))
+      self._traced = program, replicate(found.consts, self._mesh)
+    return self._traced
 
 
 def by_rows(function: Callable, in_axes: Any, out_axes: Any, rows: int) -> Callable:

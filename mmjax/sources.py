@@ -177,7 +177,7 @@ def _make_steps(data, count, take, advance, batch_size, draws, mesh, together) -
 
   if together:
     steps = jax.vmap(steps, in_axes=(0, 0, None, 0, None, None, None))
-  program = parallel.jit(steps, mesh, donate_argnums=(0, 1))
+  program = parallel.Program(steps, mesh)
   return lambda state, sums, *when: program(state, sums, data, *when)
 
 

@@ -127,7 +127,7 @@ def make_program(
 
   if together:
     run = jax.vmap(run, in_axes=(0, 0, 0, 0, None, None))
-  return parallel.jit(run, mesh, donate_argnums=(0, 1))
+  return parallel.Program(run, mesh)
 
 
 class _Steps:

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, registry, types
+from mmjax import layers, parallel, registry, types
 
 # What networks compute in, see `in_precision`.
 PRECISIONS = ("float32", "bfloat16")
@@ -92,6 +92,7 @@ class Model(NamedTuple):
 
     def loss(params, batch, key, extra):
       out, extra = self.apply(params, batch, extra, key, train=True)
+      out, batch = parallel.gather((out, batch))
       return of(out, batch, extra)
 
     return loss
@@ -122,8 +123,9 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
       encoder.check(spec)
     outputs = (len(spec.problems), 2) if spec.problems else spec.num_classes or 1
     module = network.clone(num_outputs=outputs)
-    example = types.example_batch(spec)
-    variables = dict(jax.jit(lambda key: module.init(key, example, **told(True)))(key))
+    # of shapes, nothing is computed: neither run nor compiled
+    example = jax.eval_shape(lambda: types.example_batch(spec))
+    variables = dict(module.lazy_init(key, example, **told(True)))
     params = variables.pop("params")
     if variables.keys() != set(collections):
       raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")

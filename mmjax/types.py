@@ -223,6 +223,31 @@ class WrapFn(Protocol):
     ...
 
 
+class Cost(NamedTuple):
+  """What one step of a method computes, in rows of batches; a pure count, nothing is timed.
+
+  Attributes:
+    rows: that the step reads.
+    gradients: rows of all losses whose gradient is taken, each time that it is.
+    products: rows of all products of a Hessian with a vector.
+    losses: rows of all losses that have no derivative.
+  """
+
+  rows: int
+  gradients: int
+  products: int
+  losses: int
+
+  @property
+  def equivalent(self) -> float:
+    """The whole in rows of gradients.
+
+    A backward pass counts as two forward ones, so a loss alone is a third of a gradient; a product
+    is the derivative of a gradient along a vector, two gradients.
+    """
+    return self.gradients + 2 * self.products + self.losses / 3
+
+
 class Method(NamedTuple):
   """A training method as a value; `meta.METHODS` has the registered ones.
 
@@ -232,12 +257,14 @@ class Method(NamedTuple):
     init: optional `(key, params) -> method_params`: parameters of the method's own, of one
       phase's trained parameters, that the outer optimizer trains beside them. None: it has none.
     title: how tables write it; its registered name by default.
+    cost: optional `B -> Cost` of one step of draws of B rows.
   """
 
   draws: int
   wrap: WrapFn
   init: Callable[[PRNGKey, Params], Params] | None = None
   title: str = ""
+  cost: Callable[[int], Cost] | None = None
 
 
 class Source(Protocol):

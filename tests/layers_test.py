@@ -2,11 +2,13 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxprs
 from mmjax import layers, torch_import, types
 
 LENGTHS = np.array([5, 1, 7, 3])
@@ -268,3 +270,54 @@ def test_joint_logits_are_those_of_independent_answers():
   divergence = (np.exp(whole[0]) * (whole[0] - whole[1])).sum(-1)
   parts = (np.exp(each[0]) * (each[0] - each[1])).sum((-1, -2))
   np.testing.assert_allclose(divergence, parts, atol=1e-5)
+
+
+class Tower(nn.Module):
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x):
+    return layers.Dropout(self.dropout)(layers.Dense(3, name="dense")(x))
+
+
+class Towers(nn.Module):
+  """Two of one width, of which one drops all but everything, and a wider one."""
+
+  alone: bool
+
+  @nn.compact
+  def __call__(self, inputs):
+    towers = [Tower(rate, name=f"tower_{n}") for n, rate in enumerate((0.0, 0.9, 0.9))]
+    args = [(x,) for x in inputs]
+    if self.alone:
+      return [tower(*given) for tower, given in zip(towers, args, strict=True)]
+    return layers.together(towers, args)
+
+
+def test_towers_together_compute_what_each_does_alone():
+  random = np.random.default_rng(0)
+  inputs = [random.normal(size=(50, width)).astype(np.float32) for width in (4, 4, 5)]
+  params, same = (Towers(alone).init(jax.random.key(0), inputs) for alone in (False, True))
+  jax.tree.map(np.testing.assert_array_equal, params, same)
+
+  def gradient(alone, key=None):
+    rngs = {} if key is None else {"dropout": key}
+
+    def loss(params):
+      found = Towers(alone).apply(params, inputs, rngs=rngs)
+      return sum(jnp.sum(y**2) for y in found), found
+
+    return jax.grad(loss, has_aux=True)
+
+  together, alone = gradient(False)(params), gradient(True)(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
+  one, two = (
+    len(jaxprs.named(jax.make_jaxpr(gradient(alone))(params).jaxpr, "dot_general"))
+    for alone in (False, True)
+  )
+  assert one * 3 == two * 2
+  _, (kept, dropped, _) = gradient(False, jax.random.key(1))(params)
+  np.testing.assert_allclose(kept, alone[1][0], rtol=1e-5)
+  gone = np.asarray(dropped) == 0
+  assert 0.8 < gone.mean() < 0.98
+  np.testing.assert_allclose(dropped[~gone], 10 * alone[1][1][~gone], rtol=1e-5)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import toy
 from mmjax import checkpoint, losses, masking, meta, metrics, optim, parallel, sources, train, types
@@ -652,3 +653,33 @@ def test_a_source_is_placed_on_the_mesh_that_shares_its_batches(finished):
   assert called == [mesh, (dict(mesh=mesh, together=False), {held})]
   assert {leaf.sharding for leaf in jax.tree.leaves(report.progress.state.params)} == {held}
   np.testing.assert_allclose(report.train["loss"], finished[0].train["loss"], rtol=1e-5)
+
+
+@pytest.fixture
+def compiled(tmp_path):
+  """The programs that were compiled: their names in a persistent cache of the test's own."""
+  own = {
+    "jax_compilation_cache_dir": str(tmp_path),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in own}
+
+  def use(settings):
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+  use(own)
+  yield lambda: {path.name for path in tmp_path.glob("*-cache")}
+  use(before)
+
+
+def test_a_run_of_another_seed_missing_rate_and_number_of_epochs_compiles_nothing(compiled):
+  def train_with(rate, epochs, seed):
+    method = meta.METHODS["m3s"](masking.span(rate), order="first")
+    run(recipe(method=method, epochs=epochs), key=jax.random.key(seed))
+    return compiled()
+
+  programs = train_with((0.2, 0.5), 1, 0)
+  assert any("run" in name for name in programs)
+  assert train_with((0.4, 0.9), 2, 1) == programs

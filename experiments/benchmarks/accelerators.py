@@ -2,11 +2,15 @@
 
 python -m experiments.benchmarks.accelerators
 python -m experiments.benchmarks.accelerators --target=h100 --systems=self_mm,misa --json=rows.json
+python -m experiments.benchmarks.accelerators --target=here
 
 A row per target, setting, system and order of the meta-gradients: whether M³S's iteration compiles,
 in what time, its temporaries, and what one call launches. A kernel costs some microseconds however
 little it computes, and a conditional waits for the host: many of either make a fast card slow.
-These are counts, not times. Needs the extra "aot".
+These are counts, not times; "roofline_s" is an estimate: FLOPs or bytes at the peaks of the card
+(the longer of both) and 2 µs a kernel. Needs the extra "aot". The target "here" is this machine's
+device, which needs no extra; there it runs, too: seconds to draw the parameters, of the first
+step, and of the others.
 """
 
 import collections
@@ -16,6 +20,7 @@ import json
 import os
 import pathlib
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +38,7 @@ from mmjax import meta, models, parallel, recurrence, systems, types
 
 from . import cases
 
-_TARGETS = flags.DEFINE_list("target", ["h100", "v5e"], "What to compile for.")
+_TARGETS = flags.DEFINE_list("target", ["h100", "v5e"], "What to compile for; here: what is there.")
 _SYSTEMS = flags.DEFINE_list("systems", sorted(models.MODELS), "Which systems.")
 _SETTINGS = flags.DEFINE_list("settings", ["aligned"], "aligned, unaligned, bert (a BERT-base).")
 _ORDERS = flags.DEFINE_list("orders", list(meta.ORDERS), "first, second.")
@@ -45,6 +50,8 @@ _REMAT = flags.DEFINE_list("remat", ["steps"], "What second order recomputes, se
 _DEVICES = flags.DEFINE_list("devices", ["1"], "How many devices share the rows, up to four.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
+HERE = "here"
+LAUNCH_S = 2e-6
 ROWS = 32
 SETTINGS = {
   "aligned": cases.Setting(cases.ALIGNED, ROWS),
@@ -86,11 +93,13 @@ class Target(NamedTuple):
     packages: the modules of the compiler, and the distributions that they are in.
     topology: arguments that describe the machine of COUNT devices.
     options: of the compiler, each a further try where the one before it fails.
+    peak: FLOP/s of products, of float32's default precision; and bytes/s of its memory.
   """
 
   packages: dict[str, str]
   topology: dict[str, str]
   options: tuple[dict[str, Any], ...]
+  peak: tuple[float, float]
 
 
 _UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to tune on
@@ -100,8 +109,14 @@ TARGETS = {
     dict(platform="cuda", topology_name="h100", topology="1x1xCOUNT", target_config=H100),
     # untuned, it finds no tiles for a few products
     (_UNTUNED, {**_UNTUNED, "xla_gpu_enable_triton_gemm": False}),
+    (495e12, 3.35e12),
   ),
-  "v5e": Target({"libtpu": "libtpu"}, dict(platform="tpu", topology_name="v5e:2x2"), ({},)),
+  "v5e": Target(
+    {"libtpu": "libtpu"},
+    dict(platform="tpu", topology_name="v5e:2x2"),
+    ({},),
+    (197e12, 0.82e12),
+  ),
 }
 
 
@@ -237,6 +252,8 @@ def devices(target: str, count: int = 1) -> list[Any]:
 
 def make_mesh(target: str, count: int) -> Mesh | None:
   """Some devices of the target, to share rows; None for one."""
+  if target == HERE and count > 1:
+    return parallel.local_mesh(count)
   return None if count == 1 else Mesh(np.array(devices(target, count)), (parallel.AXIS,))
 
 
@@ -246,16 +263,19 @@ def compile_for(
   """Compiles a function for a target.
 
   Args:
-    target: of `TARGETS`.
+    target: of `TARGETS`, or `HERE`.
     function: what `jax.jit` takes.
     *args: trees of arrays or their shapes.
     mesh: devices that each hold arguments and results; a single one by default.
 
   Returns:
-    The compiled program, which cannot run here, and the seconds that tracing and compiling took.
+    The compiled program, which only `HERE`'s can run, and the seconds that tracing and compiling
+    took.
   """
-  place = parallel.replicated(mesh) if mesh else SingleDeviceSharding(devices(target)[0])
   began = time.perf_counter()
+  if target == HERE:
+    return parallel.jit(function, mesh).lower(*args).compile(), time.perf_counter() - began
+  place = parallel.replicated(mesh) if mesh else SingleDeviceSharding(devices(target)[0])
   with recurrence.portable():
     lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
   *tries, last = TARGETS[target].options
@@ -265,6 +285,12 @@ def compile_for(
     except jax.errors.JaxRuntimeError:
       began = time.perf_counter()
   return lowered.compile(last), time.perf_counter() - began
+
+
+def make_spec(setting: cases.Setting) -> types.Spec:
+  """Of the data of a setting."""
+  text, *others = (types.ModalitySpec(*shape) for shape in setting.shapes)
+  return types.Spec(text._replace(tokens=setting.tokens), *others, num_train=2 * setting.rows)
 
 
 def training_step(
@@ -281,9 +307,7 @@ def training_step(
   Dropout is off and masks are drawn beforehand, as in the benchmark of times. The devices of the
   mesh share the rows.
   """
-  batch = cases.make_batch(setting, 2 * setting.rows)
-  text, *others = (types.ModalitySpec(*shape) for shape in setting.shapes)
-  spec = types.Spec(text._replace(tokens=setting.tokens), *others, num_train=2 * setting.rows)
+  batch, spec = cases.make_batch(setting, 2 * setting.rows), make_spec(setting)
   phase = system.phases[-1]
   params, extra = jax.eval_shape(lambda key: system.init(key, spec), jax.random.key(0))
 
@@ -327,20 +351,55 @@ def measure(
   except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the row tells it
     return {**row, "compiles": False, "error": str(error).strip().splitlines()[0][:200]}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  ran = run(compiled, made, SETTINGS[setting], mesh) if target == HERE else {}
+  launches, flops, size = count_launches(compiled.as_text()), cost.get("flops"), "bytes accessed"
+  bound = {}
+  if target != HERE and flops:
+    times = flops / TARGETS[target].peak[0], cost.get(size, 0) / TARGETS[target].peak[1]
+    bound = {"roofline_s": float(f"{max(times) + LAUNCH_S * launches.kernels:.2g}")}
   return {
     **row,
+    **ran,
+    **bound,
     "compiles": True,
     "compile_s": round(seconds, 1),
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
-    **count_launches(compiled.as_text())._asdict(),
-    "flops": cost.get("flops"),  # without those of Pallas kernels
+    **launches._asdict(),
+    "flops": flops,  # without those of Pallas kernels, as the bytes
+    "bytes": cost.get(size),
   }
+
+
+def run(
+  compiled: Any, system: types.System, setting: cases.Setting, mesh: Mesh | None = None
+) -> dict[str, float]:
+  """Seconds of a compiled `training_step` on this machine.
+
+  Returns:
+    "init_s", "first_run_s" and, a median, "step_s": the first step of a training comes after the
+    first two and "compile_s".
+  """
+  key = jax.block_until_ready(jax.random.key(0))
+
+  def timed(function, *args):
+    began = time.perf_counter()
+    found = jax.block_until_ready(function(*args))
+    return found, time.perf_counter() - began
+
+  (params, extra), init_s = timed(system.init, key, make_spec(setting))
+  batch = cases.make_batch(setting, 2 * setting.rows)
+  args = parallel.replicate((params, batch, key, extra), mesh)
+  _, first_s = timed(compiled, *args)
+  steps = [timed(compiled, *args)[1] for _ in range(max(3, min(100, int(2 / first_s))))]
+  found = {"init_s": init_s, "first_run_s": first_s, "step_s": statistics.median(steps)}
+  return {name: float(f"{seconds:.3g}") for name, seconds in found.items()}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """The rows as Markdown."""
   head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "temp_MB"]
+  head += [name for name in ("init_s", "first_run_s", "step_s") if any(name in r for r in rows)]
   head += ["kernels", "loop_iterations", "conditionals", "collectives"]
   usual = {"precision": "float32", "remat": "steps", "devices": 1}
   head += [name for name, value in usual.items() if any(row[name] != value for row in rows)]
@@ -352,10 +411,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  jax.config.update("jax_platforms", "cpu")  # what is there is not asked
+  if HERE not in _TARGETS.value:
+    jax.config.update("jax_platforms", "cpu")  # what is there is not asked
   jax.config.update("jax_enable_compilation_cache", False)  # or it would not take its time
   for target in _TARGETS.value:
-    find_compiler(target)
+    if target != HERE:
+      find_compiler(target)
   todo = [
     (target, system, setting, order, int(k), remat, int(count), _PRECISION.value)
     for target in _TARGETS.value

@@ -94,7 +94,7 @@ def prepare(model: str, setting: Setting) -> Case:
     *(types.ModalitySpec(*shape) for shape in others),
     num_train=2 * setting.rows,
   )
-  params, extra = jax.jit(lambda key: system.init(key, spec))(jax.random.key(0))
+  params, extra = system.init(jax.random.key(0), spec)
   whole = system.loss
 
   def loss(params, batch, key, extra):  # MISA's Transformer has dropout that is no setting

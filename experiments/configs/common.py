@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 # Datasets whose labels are classes; every other one is regression.
-CLASSIFICATION = ("iemocap",)
+CLASSIFICATION = ("iemocap", "planted_emotions")
 BERT = dict(folder="")  # of a BERT's files, where config.data.text is "tokens"
 # Sets of changes that `experiments.ablate` can make to every model: LNLN's Table 6, and the method
 # under a protocol that has another.

@@ -14,6 +14,7 @@ All three take and return the one `LossFn` signature, so a trainer does not know
   (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key, extra)
 """
 
+from mmjax.meta.hard import hardest
 from mmjax.meta.inner import MODES, ORDERS, REMATS, MetaKeys, adapt, meta_keys
 from mmjax.meta.methods import (
   METHODS,
@@ -31,6 +32,7 @@ __all__ = [
   "MetaKeys",
   "adapt",
   "fixed_missing",
+  "hardest",
   "m3s",
   "meta_keys",
   "sampled_missing",

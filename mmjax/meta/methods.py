@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mmjax import optim, types
-from mmjax.meta import inner
+from mmjax.meta import hard, inner
 
 
 def fixed_missing(loss: types.LossFn, mask: types.MaskFn, key: types.PRNGKey) -> types.LossFn:
@@ -33,20 +33,28 @@ def fixed_missing(loss: types.LossFn, mask: types.MaskFn, key: types.PRNGKey) ->
   return masked_loss
 
 
-def sampled_missing(loss: types.LossFn, mask: types.MaskFn) -> types.LossFn:
+def sampled_missing(
+  loss: types.LossFn, mask: types.MaskFn, *, hard_masks: int = 1, hard_by: str = "row"
+) -> types.LossFn:
   """SPL-TRN: draws fresh masks at every call (augmented sampling, §3.2).
 
   Args:
     loss: the model's loss.
     mask: draws the missing data.
+    hard_masks: M masks are drawn, and the one with the largest loss is trained on.
+    hard_by: whose loss that is, see `hardest`.
 
   Returns:
     A loss with the signature of `loss`; its key must not be None.
+
+  Raises:
+    UsageError: as `hardest`.
   """
+  choose = hard.hardest(loss, mask, hard_masks, hard_by)
 
   def masked_loss(params, batch, key, extra):
     mask_key, loss_key = jax.random.split(key)
-    return loss(params, mask(mask_key, batch), loss_key, extra)
+    return loss(params, choose(params, batch, mask_key, extra), loss_key, extra)
 
   return masked_loss
 
@@ -117,6 +125,9 @@ def m3s(
   inner_rates: types.Params | None = None,
   inner_trains: str = "",
   remat: str | Callable[..., Any] = "steps",
+  support_mask: types.MaskFn | None = None,
+  hard_masks: int = 1,
+  hard_by: str = "row",
 ) -> types.LossFn:
   """M³S meta-sampling around any loss (Chi et al. 2022, Algorithm 1).
 
@@ -165,22 +176,28 @@ def m3s(
       a time, so that the memory grows with K by one copy of the parameters (and optimizer state) a
       step. "none": nothing, each step keeps the linearization of its gradient; fewer products,
       K times the memory. Or a `jax.checkpoint` policy or its name, see `REMATS`.
+    support_mask: draws the missing data of the support sets, where it is not `mask`.
+    hard_masks: M masks are drawn for a query set, and the one whose loss at θ* is largest is
+      trained on.
+    hard_by: whose loss that is, see `hardest`.
 
   Returns:
     A loss with the signature of `loss`; its key must not be None. Its metrics are those of
     the query set, and "support_loss", the support set's loss before the first inner step.
 
   Raises:
-    UsageError: on an unknown order, mode or remat, fewer than one inner step or task, or rows
-      that do not make T tasks with both sets.
+    UsageError: on an unknown order, mode, remat or hard_by, fewer than one inner step, task or
+      hard mask, or rows that do not make T tasks with both sets.
   """
   inner.check(order, mode, inner_steps, remat, tasks)
+  choose = hard.hardest(loss, mask, hard_masks, hard_by)
+  support_mask = mask if support_mask is None else support_mask
 
   def of_task(params, support, query, key, extra):
     keys = inner.meta_keys(key, inner_steps, fresh_masks)
     adapted, support_losses = inner.adapt(
       loss,
-      mask,
+      support_mask,
       params,
       support,
       keys,
@@ -193,7 +210,8 @@ def m3s(
       inner_trains=inner_trains,
       remat=remat,
     )
-    value, aux = loss(adapted, mask(keys.query_mask, query), keys.query_loss, extra)
+    query = choose(adapted, query, keys.query_mask, extra)
+    value, aux = loss(adapted, query, keys.query_loss, extra)
     return value, aux._replace(metrics={**aux.metrics, "support_loss": support_losses[0]})
 
   def meta_loss(params, batch, key, extra):
@@ -218,6 +236,12 @@ def m3s(
   return meta_loss
 
 
+def _cost_of_one(batch_size: int, hard_masks: int = 1) -> types.Cost:
+  """Of a step with one gradient of B rows."""
+  losses = hard_masks * batch_size if hard_masks > 1 else 0
+  return types.Cost(rows=batch_size, gradients=batch_size, products=0, losses=losses)
+
+
 def orig(mask: types.MaskFn) -> types.Method:
   """ORIG as a method: `fixed_missing`."""
 
@@ -225,17 +249,19 @@ def orig(mask: types.MaskFn) -> types.Method:
     del method_params, hessian
     return fixed_missing(loss, mask, key)
 
-  return types.Method(1, wrap, title="ORIG")
+  return types.Method(1, wrap, title="ORIG", cost=_cost_of_one)
 
 
-def spl(mask: types.MaskFn) -> types.Method:
-  """SPL-TRN as a method: `sampled_missing`."""
+def spl(mask: types.MaskFn, *, hard_masks: int = 1, hard_by: str = "row") -> types.Method:
+  """SPL-TRN as a method: `sampled_missing`, whose settings these are."""
+  hard.check(hard_masks, hard_by)
 
   def wrap(loss, key, method_params, *, hessian="reverse"):
     del key, method_params, hessian
-    return sampled_missing(loss, mask)
+    return sampled_missing(loss, mask, hard_masks=hard_masks, hard_by=hard_by)
 
-  return types.Method(1, wrap, title="SPL-TRN")
+  cost = functools.partial(_cost_of_one, hard_masks=hard_masks)
+  return types.Method(1, wrap, title="SPL-TRN", cost=cost)
 
 
 def _with_unit_rates(settings):
@@ -272,6 +298,10 @@ def m3s_method(
   inner_rates: str | None = None,
   inner_trains: str = "",
   remat: str = "steps",
+  support_rate: Any = None,
+  hard_masks: int = 1,
+  hard_by: str = "row",
+  at_rate: Callable[[Any], types.MaskFn] | None = None,
 ) -> types.Method:
   """M³S as a method: `m3s` on 2T draws, by default the support and the query set of each task.
 
@@ -282,16 +312,24 @@ def m3s_method(
     optimizer: the inner optimizer's settings for `optim.make`; SGD at 1e-3 by default.
     inner_rates: "learned": a rate for each parameter leaf, which the outer optimizer trains; it
       starts at the inner optimizer's learning rate (that of the leaf's group).
-    inner_steps, order, fresh_masks, support_rows, tasks, inner_trains, remat: see `m3s`;
-      support_rows of a task's 2B rows.
+    inner_steps, order, fresh_masks, support_rows, tasks, inner_trains, remat, hard_masks, hard_by:
+      see `m3s`; support_rows of a task's 2B rows.
+    support_rate: another missing rate for the support sets, lighter or harder than the query's.
+    at_rate: `rate -> MaskFn` of the mask's own family, which support_rate needs; configs give it.
 
   Returns:
     The method.
 
   Raises:
-    UsageError: on unknown settings.
+    UsageError: on unknown settings, or a support_rate of a mask without a rate.
   """
   inner.check(order, "reverse", inner_steps, remat, tasks)
+  hard.check(hard_masks, hard_by)
+  support_mask = None
+  if support_rate is not None:
+    if at_rate is None:
+      raise types.UsageError("support_rate needs a mask that takes a rate.")
+    support_mask = at_rate(support_rate)
   if inner_rates not in (None, "learned"):
     raise types.UsageError(f"inner_rates is {inner_rates!r}, expected 'learned' or None.")
   settings: Mapping[str, Any] = optimizer or dict(name="sgd", learning_rate=1e-3)
@@ -314,13 +352,26 @@ def m3s_method(
       inner_rates=None if inner_rates is None else method_params,
       inner_trains=inner_trains,
       remat=remat,
+      support_mask=support_mask,
+      hard_masks=hard_masks,
+      hard_by=hard_by,
+    )
+
+  def cost(batch_size):
+    support = batch_size if support_rows is None else support_rows
+    query, steps = 2 * batch_size - support, inner_steps * support
+    return types.Cost(
+      rows=2 * tasks * batch_size,
+      gradients=tasks * (steps + query),
+      products=tasks * steps if order == "second" else 0,
+      losses=tasks * hard_masks * query if hard_masks > 1 else 0,
     )
 
   def init(key, params):
     del key
     return _initial_rates(settings, params)
 
-  return types.Method(2 * tasks, wrap, None if inner_rates is None else init, "M3S")
+  return types.Method(2 * tasks, wrap, None if inner_rates is None else init, "M3S", cost)
 
 
 # The training methods by name: `METHODS[name](mask, **settings) -> Method`.

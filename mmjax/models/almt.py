@@ -59,16 +59,21 @@ class Almt(nn.Module):
     }
     out, kept = {"text_states": states}, {}
     heads = self.embedding_heads
-    for name, x in inputs.items():
-      x = layers.Dense(self.size, name=f"project_{name}")(x)
-      embed = hyper_layers.TokenTransformer(
+    embed = [
+      hyper_layers.TokenTransformer(
         self.embedding_depth,
         heads if isinstance(heads, int) else heads[name],
         self.hidden_size,
         self.tokens,
         name=f"embed_{name}",
       )
-      out[f"embedded_{name}"] = embed(x)[-1]
+      for name in inputs
+    ]
+    projected = [
+      (layers.Dense(self.size, name=f"project_{name}")(x),) for name, x in inputs.items()
+    ]
+    for name, states in zip(inputs, layers.together(embed, projected), strict=True):
+      out[f"embedded_{name}"] = states[-1]
       kept[name] = out[f"embedded_{name}"][:, : self.tokens]
     scales = hyper_layers.TokenTransformer(
       self.hyper_depth - 1, self.text_heads, self.size, name="text_encoder"

@@ -85,7 +85,7 @@ class Dmd(nn.Module):
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
     x = mult.project(self, batch)
-    out, private, attended = {}, {}, []
+    out, private = {}, {}
     encode_shared = self._conv("shared")
     for name in ORDER:
       encode_private = self._conv(f"{name}_private")
@@ -104,11 +104,13 @@ class Dmd(nn.Module):
       out[f"cosine_{name}"] = layers.Dense(self.size, name=f"{name}_cosine")(flat)
       low, out[f"repr_homo_{name}"] = self._residual(f"{name}_low", self.size)(by_step)
       out[f"scores_homo_{name}"] = self._scores(f"{name}_low_out", low)
-      attend = mult.transformer(self, f"{name}_attention", self.depth, name, positions=True)
-      out[f"attention_{name}"] = attend(shared)
-      attended.append(out[f"attention_{name}"][:, -1])
 
-    common = jnp.concatenate(attended, -1)
+    attended = layers.together(
+      [mult.transformer(self, f"{m}_attention", self.depth, m, positions=True) for m in ORDER],
+      [(out[f"shared_{m}"],) for m in ORDER],
+    )
+    out |= {f"attention_{m}": value for m, value in zip(ORDER, attended, strict=True)}
+    common = jnp.concatenate([value[:, -1] for value in attended], -1)
     out["scores_common"] = self._scores("common_out", self._residual("common")(common)[0])
 
     out |= mult.exchange(self, private, positions=True)

@@ -20,10 +20,6 @@ from mmjax.models import tfn
 Array = types.Array
 
 
-def _normal(std: float):
-  return nn.initializers.normal(std)
-
-
 class Fusion(nn.Module):
   """[rank, B, C] -> [B, C]: a weighted sum and a bias; of K binary problems their joint logits."""
 
@@ -32,7 +28,7 @@ class Fusion(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     rank, shape = len(x), self.shape
-    weights = self.param("weights", _normal(math.sqrt(2 / (rank + 1))), (1, rank))
+    weights = self.param("weights", layers.normal(math.sqrt(2 / (rank + 1))), (1, rank))
     bias = self.param("bias", nn.initializers.zeros, (1, *shape) if len(shape) == 1 else shape)
     scores = jnp.einsum("r,rbc->bc", weights[0], x) + bias.reshape(1, -1)
     return scores if len(shape) == 1 else layers.joint(scores)
@@ -65,7 +61,7 @@ class Lmf(nn.Module):
       shape = (self.rank, x.shape[1], math.prod(outputs))
       # PyTorch's xavier_normal_ of such a shape
       std = math.sqrt(2 / ((shape[0] + shape[1]) * shape[2]))
-      factor = self.param(f"{name}_factor", _normal(std), shape)
+      factor = self.param(f"{name}_factor", layers.normal(std), shape)
       products.append(jnp.einsum("bd,rdc->rbc", x, factor))
     product = products[0] * products[1] * products[2]
     scores = Fusion(outputs, name="fusion")(product)

@@ -40,13 +40,15 @@ class Embedding(nn.Module):
   @nn.compact
   def __call__(self, batch: types.Batch) -> dict[str, Array]:
     out = {"text_states": bert_lib.text_states(self.bert, batch)}
+    embed, projected = [], []
     for name in types.MODALITIES:
       x = out["text_states"] if name == "text" else masking.observed(getattr(batch, name))
-      x = layers.Dense(self.size, name=f"project_{name}")(x)
-      embed = hyper_layers.TokenTransformer(
-        self.depth, self.heads, self.hidden_size, self.tokens, name=f"embed_{name}"
-      )
-      out[f"embedded_{name}"] = embed(x)[-1]
+      projected.append((layers.Dense(self.size, name=f"project_{name}")(x),))
+      shape = self.depth, self.heads, self.hidden_size, self.tokens
+      embed.append(hyper_layers.TokenTransformer(*shape, name=f"embed_{name}"))
+    found = layers.together(embed, projected)
+    for name, states in zip(types.MODALITIES, found, strict=True):
+      out[f"embedded_{name}"] = states[-1]
       out[name] = out[f"embedded_{name}"][:, : self.tokens]
     return out
 
@@ -105,8 +107,13 @@ class Lnln(nn.Module):
       self.bert.config,
       name="embedding",
     )
-    out = embedding(batch)
-    complete = embedding(masking.complete(batch)) if train else {}
+    if train:  # in turn, so that devices which share the rows keep their own
+      in_turn = lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])  # noqa: E731
+      both = embedding(jax.tree.map(in_turn, batch, masking.complete(batch)))
+      split = {name: x.reshape(-1, 2, *x.shape[1:]) for name, x in both.items()}
+      out, complete = ({name: x[:, n] for name, x in split.items()} for n in range(2))
+    else:
+      out, complete = embedding(batch), {}
     text = out["text"]
     if self.correction:
       out |= self._correct(out)
@@ -117,8 +124,9 @@ class Lnln(nn.Module):
     if train:
       out |= {f"{name}_complete": value for name, value in complete.items()}
     if train and self.reconstruction:
-      restored = [self._transformer("reconstructor", name)(out[name])[-1] for name in ORDER]
-      out["reconstructed"] = jnp.concatenate(restored, 1)
+      towers = [self._transformer("reconstructor", name) for name in ORDER]
+      restored = layers.together(towers, [(out[name],) for name in ORDER])
+      out["reconstructed"] = jnp.concatenate([states[-1] for states in restored], 1)
       out["complete"] = jnp.concatenate([complete[name] for name in ORDER], 1)
     if train and self.correction:
       corrected = text

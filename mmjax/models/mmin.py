@@ -23,7 +23,7 @@ Array = types.Array
 ORDER = ("audio", "text", "vision")  # of the concatenated embeddings
 FILTERS, WIDTHS = 128, (3, 4, 5)  # of the text CNN
 POOLINGS = ("maxpool", "last", "attention")
-KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+KAIMING = layers.one_program(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
 
 
 def dense(size: int | tuple[int, int], name: str) -> nn.Dense | layers.Dense:

@@ -105,18 +105,24 @@ def exchange(
     "target_with_source" [B, L, D], "memory_target" [B, L, 2D] and, by target, the memory's last
     step [B, 2D].
   """
-  out = {}
-  for target in targets:
-    sources = [name for name in types.MODALITIES if name != target]
-    for source in sources:
-      name = f"{target}_with_{source}"
-      attend = transformer(network, name, network.depth, source, positions=positions)
-      out[name] = attend(x[target], x[source])
-    found = jnp.concatenate([out[f"{target}_with_{source}"] for source in sources], -1)
-    depth = max(network.depth, MEMORY_DEPTH)
-    memory = transformer(network, f"{target}_memory", depth, "text", positions=positions)
-    out[f"memory_{target}"] = memory(found)
-    out[target] = out[f"memory_{target}"][:, -1]
+  pairs = [(t, s) for t in targets for s in types.MODALITIES if s != t]
+  found = layers.together(
+    [
+      transformer(network, f"{t}_with_{s}", network.depth, s, positions=positions) for t, s in pairs
+    ],
+    [(x[t], x[s]) for t, s in pairs],
+  )
+  out = {f"{t}_with_{s}": value for (t, s), value in zip(pairs, found, strict=True)}
+  depth = max(network.depth, MEMORY_DEPTH)
+  memory = layers.together(
+    [transformer(network, f"{t}_memory", depth, "text", positions=positions) for t in targets],
+    [
+      (jnp.concatenate([out[f"{t}_with_{s}"] for target, s in pairs if target == t], -1),)
+      for t in targets
+    ],
+  )
+  for target, value in zip(targets, memory, strict=True):
+    out[f"memory_{target}"], out[target] = value, value[:, -1]
   return out
 
 

@@ -76,22 +76,34 @@ class Tetfn(nn.Module):
     out |= {f"projected_{name}": value for name, value in x.items()}
 
     dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
-    last = []
-    for target in types.MODALITIES:
-      found = []
-      for source in (m for m in types.MODALITIES if m != target):
-        name = f"{target}_with_{source}"
-        if "text" in (target, source):
-          attend = self._transformer(name, 2, dropout[source])
-          found.append(attend(x[target], x[source]))
-        else:  # the other modality asks the text, and what it finds is asked
-          lower = self._transformer(f"{name}_lower", 1, dropout["text"], positions=True)
-          upper = self._transformer(f"{name}_upper", 2, dropout["text"], positions=True)
-          found.append(upper(x[target], lower(x[source], x["text"])))
-        out[name] = found[-1]
-      memory = self._transformer(f"{target}_memory", 2, dropout["text"])
-      out[f"memory_{target}"] = memory(jnp.concatenate(found, -1))
-      last.append(out[f"memory_{target}"][:, -1])
+    pairs = [(t, s) for t in types.MODALITIES for s in types.MODALITIES if s != t]
+    asked = [pair for pair in pairs if "text" in pair]
+    found = layers.together(
+      [self._transformer(f"{t}_with_{s}", 2, dropout[s]) for t, s in asked],
+      [(x[t], x[s]) for t, s in asked],
+    )
+    out |= {f"{t}_with_{s}": value for (t, s), value in zip(asked, found, strict=True)}
+    # between audio and vision: the other modality asks the text, and what it finds is asked
+    mediated = [pair for pair in pairs if "text" not in pair]
+    lower, upper = (
+      [
+        self._transformer(f"{t}_with_{s}_{part}", depth, dropout["text"], positions=True)
+        for t, s in mediated
+      ]
+      for part, depth in (("lower", 1), ("upper", 2))
+    )
+    found = layers.together(lower, [(x[s], x["text"]) for _, s in mediated])
+    found = layers.together(upper, [(x[t], y) for (t, _), y in zip(mediated, found, strict=True)])
+    out |= {f"{t}_with_{s}": value for (t, s), value in zip(mediated, found, strict=True)}
+    memory = layers.together(
+      [self._transformer(f"{t}_memory", 2, dropout["text"]) for t in types.MODALITIES],
+      [
+        (jnp.concatenate([out[f"{t}_with_{s}"] for target, s in pairs if target == t], -1),)
+        for t in types.MODALITIES
+      ],
+    )
+    out |= {f"memory_{t}": value for t, value in zip(types.MODALITIES, memory, strict=True)}
+    last = [value[:, -1] for value in memory]
 
     inputs = {"fusion": jnp.concatenate(last, -1)} | {name: m.max(1) for name, m in x.items()}
     for n, task in enumerate(self_mm.TASKS):

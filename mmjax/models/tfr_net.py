@@ -114,27 +114,39 @@ class TfrNet(nn.Module):
       out[f"projected_{name}"] = x[name]
 
     dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
-    vectors = []
+    memory = layers.together(
+      [
+        self._transformer(f"{name}_memory", self.heads, self.memory_depth, dropout["text"])
+        for name in types.MODALITIES
+      ],
+      [(x[name],) for name in types.MODALITIES],
+    )
+    pairs = [(t, s) for t in types.MODALITIES for s in types.MODALITIES if s != t]
+    found = layers.together(
+      [self._transformer(f"{t}_with_{s}", self.heads, self.depth, dropout[s]) for t, s in pairs],
+      [(x[t], x[s]) for t, s in pairs],
+    )
+    out |= {f"{t}_with_{s}": value for (t, s), value in zip(pairs, found, strict=True)}
+    vectors, towers, channels = [], [], []
     for n, name in enumerate(types.MODALITIES):
-      memory = self._transformer(f"{name}_memory", self.heads, self.memory_depth, dropout["text"])
-      found = [memory(x[name])]
-      for source in (m for m in types.MODALITIES if m != name):
-        attend = self._transformer(f"{name}_with_{source}", self.heads, self.depth, dropout[source])
-        found.append(attend(x[name], x[source]))
-        out[f"{name}_with_{source}"] = found[-1]
-      out[f"memory_{name}"], h = found[0], jnp.concatenate(found, -1)
+      parts = [out[f"{t}_with_{s}"] for t, s in pairs if t == name]
+      out[f"memory_{name}"], h = memory[n], jnp.concatenate([memory[n], *parts], -1)
       out[f"joint_{name}"] = h
       gate = Gate(self.gate_sizes[n], self.gate_depth, self.gate_dropout, name=f"gate_{name}")
       vectors.append(gate(h, getattr(batch, name).valid))
       out[f"utt_{name}"] = vectors[-1]
-      if generate:
-        steps = h.shape[1]
-        heads = max(k for k in range(1, self.temporal_heads + 1) if steps % k == 0)
-        final = self._transformer(
+      steps = h.shape[1]
+      heads = max(k for k in range(1, self.temporal_heads + 1) if steps % k == 0)
+      towers.append(
+        self._transformer(
           f"{name}_final", heads, self.memory_depth, dropout["text"], positions=False
         )
-        # as published: features are the batch, samples the steps, and steps the channels
-        final = final(h.transpose(2, 0, 1)).transpose(1, 2, 0)
+      )
+      # as published: features are the batch, samples the steps, and steps the channels
+      channels.append((h.transpose(2, 0, 1),))
+    if generate:
+      for name, final in zip(types.MODALITIES, layers.together(towers, channels), strict=True):
+        final = final.transpose(1, 2, 0)
         clean = encode(masking.complete(batch)) if name == "text" else getattr(batch, name).x
         restore = layers.Dense(clean.shape[-1], name=f"generate_{name}")
         out |= {f"final_{name}": final, f"generated_{name}": restore(final)}

@@ -154,7 +154,7 @@ class TransM(nn.Module):
 
   def _decode(self, name, target, valid, memory, memory_valid) -> Array:
     if self.query == "learned":
-      init = nn.initializers.normal(0.02)
+      init = layers.normal(0.02)
       steps = self.param(f"queries_{name}", init, target.shape[1:])
       target = jnp.broadcast_to(steps[None], target.shape)
     return self._transformer(f"decode_{name}")(target, valid, memory, memory_valid)

@@ -1,0 +1,1 @@
+"""Studies: questions that are answered once, each by a command that anybody can run again."""
