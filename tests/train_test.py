@@ -281,7 +281,7 @@ def test_a_run_that_is_over_keeps_its_state_beside_another():
 
 def of_numbers(given):
   """A recipe of rates and a weight; the outer optimizer has a schedule, and decay of its own."""
-  schedule = {"name": "warmup_cosine", "peak": given["rate"]}
+  schedule = {"name": "cosine", "peak": given["rate"]}
   inner = {"name": "adam", "learning_rate": given["inner"]}
   outer = dict(name="adamw", learning_rate=schedule, weight_decay=given["decay"])
   loss = losses.with_l2(toy.loss, given["weight"])
