@@ -549,6 +549,10 @@ def test_methods_by_name():
     "inner_rates",
     "inner_trains",
     "remat",
+    "support_rate",
+    "hard_masks",
+    "hard_by",
+    "at_rate",
   ]
   # what a method draws hangs on the run's key (orig) or on the step's (spl)
   run, one, two = jax.random.split(jax.random.key(0), 3)
