@@ -84,6 +84,9 @@ def compare(model: str, datasets: dict[str, data.Dataset]) -> list[dict]:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  asked, there = (_REPEATS.value + 1) * _STEPS.value, _ROWS.value // _BATCH_SIZE.value
+  if asked > there:
+    raise app.UsageError(f"{asked} steps in all, but an epoch has {there}: set --rows higher.")
   with tempfile.TemporaryDirectory() as folder:
     for name in builder.FILE_FORMATS:
       write(folder, _ROWS.value, name)
