@@ -94,10 +94,8 @@ def read() -> tuple[settings.Config, str]:
 def train_group(folders: list[pathlib.Path], watch: interrupts.Watch) -> None:
   """Trains the runs of some folders side by side, see `workdir.write_group`."""
   found = [runs.read_config(folder) for folder in folders]
-  configs, data_dir = (
-    [settings.from_json(one["run"]["config"]) for one in found],
-    found[0]["data_dir"],
-  )
+  configs = [settings.from_json(one["run"]["config"]) for one in found]
+  data_dir = found[0]["data_dir"]
   dataset = build.load_data(configs[0], data_dir)
   loop.execute_together(
     [build.make_run(config, dataset) for config in configs],
