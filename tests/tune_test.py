@@ -29,10 +29,6 @@ SPACE = {
 """
 
 
-# a model whose training can be met in its middle
-LONGER = ("--config=quickstart:tiny", "--config.model.hidden_size=4")
-
-
 def flags(folder, out, *more):
   file = folder / "space.py"
   file.write_text(SPACE)
@@ -245,7 +241,7 @@ def test_what_kills_every_worker_is_given_up(queues):
 @pytest.mark.slow
 def test_pruned_and_stopped_trials(folder):
   """A signal saves all; what is not promising ends early."""
-  out, more = folder / "pruned", ("--config.train.epochs=30", "--trials=8", "--warmup=2", *LONGER)
+  out, more = folder / "pruned", ("--config.train.epochs=40", "--trials=8", "--warmup=2")
   file = folder / "rates.py"
   file.write_text(SPACE.replace("1e-4, 1e-2", "1e-7, 1e-2"))
   more += (f"--space={file}", "--processes=2")
@@ -306,8 +302,8 @@ def postgresql():
 def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   """No trial is lost or doubled; that of the dead worker goes on in its folder."""
   out, count = folder / "shared", 4
-  more = ("--config.train.epochs=24", f"--trials={count}", "--processes=1", "--pruner=none")
-  more += (f"--storage={postgresql}", "--grace=5", *LONGER)
+  more = ("--config.train.epochs=60", f"--trials={count}", "--processes=1", "--pruner=none")
+  more += (f"--storage={postgresql}", "--grace=5")
   workers = [start("tune", *flags(folder, out, *more)) for _ in range(2)]
   paths = [out / "trials" / f"{number:04d}" for number in range(2)]
   end = time.monotonic() + 300
@@ -329,5 +325,5 @@ def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   assert folders.keys() == found.keys()
   for number, one in found.items():
     log = workdir.history(folders[number])
-    assert [line["epoch"] for line in log] == list(range(24))
+    assert [line["epoch"] for line in log] == list(range(60))
     assert one.value == pytest.approx(min(line["valid"]["mae"] for line in log), rel=1e-6)

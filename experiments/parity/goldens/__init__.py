@@ -194,10 +194,16 @@ def compare_accumulation(z: Arrays) -> Iterator[Row]:
     optimizer = optim.make(
       name=name, learning_rate=rate, clip_value=settings["grad_clip"], accumulate=2
     )
-    state = optimizer.init(params)
-    for _ in range(2):
-      updates, state = optimizer.update(grads, state, params)
-      params = optax.apply_updates(params, updates)
+
+    @jax.jit
+    def descend_twice(params, grads, optimizer=optimizer):
+      state = optimizer.init(params)
+      for _ in range(2):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+      return params
+
+    params = descend_twice(params, grads)
     for key, value in recorded.items():
       yield "extra", prefix.split("/")[1] + "/" + key, params[key], value
 
@@ -208,15 +214,20 @@ def descend(loss: Callable, optimizer: Any, params: Any, steps: int) -> tuple[An
   Returns:
     The parameters; and "losses" and "grad_norms", [steps] each.
   """
-  gradient, state = jax.jit(jax.value_and_grad(loss)), optimizer.init(params)
-  found = {"losses": [], "grad_norms": []}
-  for _ in range(steps):
-    value, grads = gradient(params)
+  # whole steps as one program: operation by operation, every shape is compiled many times
+
+  @jax.jit
+  def step(params, state):
+    value, grads = jax.value_and_grad(loss)(params)
     updates, state = optimizer.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-    found["losses"].append(value)
-    found["grad_norms"].append(optax.tree.norm(grads))
-  return params, found
+    return optax.apply_updates(params, updates), state, (value, optax.tree.norm(grads))
+
+  state, told = jax.jit(optimizer.init)(params), []
+  for _ in range(steps):
+    params, state, values = step(params, state)
+    told.append(values)
+  losses, norms = map(list, zip(*told, strict=True))
+  return params, {"losses": losses, "grad_norms": norms}
 
 
 def compare_rates(z: Arrays, base: float) -> Iterator[Row]:
