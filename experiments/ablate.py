@@ -11,6 +11,7 @@ your own. All variants train and test under the same missing data; the tables gi
 missing rates, the difference from the unchanged model, and p of a two-tailed t-test over seeds.
 """
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,14 +55,15 @@ def changes_of(
 @cli.binary(_FLAGS, __doc__, required=["out"])
 def main():
   model = _MODEL.value
-  changes = {model: {}}
+  base = pathlib.Path(model).stem
+  changes = {base: {}}
   changes |= {
-    f"{model} {name}": change
+    f"{base} {name}": change
     for name, change in changes_of(model, _ABLATION.value, _CHANGE.value).items()
   }
   asked = protocol.Asked(_FLAGS, [model])
   variants = [asked.variant(name, model, change) for name, change in changes.items()]
-  asked.run("ablate", variants, baseline=model)
+  asked.run("ablate", variants, baseline=base)
 
 
 if __name__ == "__main__":

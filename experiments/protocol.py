@@ -83,7 +83,7 @@ class Asked:
 
   Args:
     flag_values: of the binary, parsed.
-    models: names of the configs that may be addressed by `--set=MODEL/ENTRY=VALUE`.
+    models: the configs, names or files, that may be addressed by `--set=NAME/ENTRY=VALUE`.
   """
 
   def __init__(self, flag_values: flags.FlagValues, models: Sequence[str]):
@@ -106,9 +106,10 @@ class Asked:
     self._engine = engines.make(flag_values)
     for text in self._value["set"]:
       model, separator, _ = settings.parse(text)[0].partition("/")
-      if separator and model not in models:
-        near = registry.nearest(model, models)
-        raise types.UsageError(f"--set={text}: {model!r}{near} is none of {', '.join(models)}.")
+      known = [pathlib.Path(one).stem for one in models]
+      if separator and model not in known:
+        near = registry.nearest(model, known)
+        raise types.UsageError(f"--set={text}: {model!r}{near} is none of {', '.join(known)}.")
 
   def variant(self, name: str, model: str, changes: Mapping[str, Any]) -> study.Variant:
     """A line of the tables: the config of a model with changes of its own, by dotted name."""
@@ -129,7 +130,8 @@ class Asked:
     self._set_valid_rate(config)
     if value["selection"] == "test_oracle":
       short["train.select"] = "test/mae" if config.data.task == "regression" else "test/f1"
-    sets = dict(settings.parse(text.removeprefix(f"{model}/")) for text in value["set"])
+    own_prefix = f"{pathlib.Path(model).stem}/"
+    sets = dict(settings.parse(text.removeprefix(own_prefix)) for text in value["set"])
     cli.change(config, short, {k: v for k, v in sets.items() if "/" not in k})
     try:
       settings.assign_all(config, changes)

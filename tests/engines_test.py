@@ -8,17 +8,16 @@ import time
 import chex
 import pytest
 
-from command import call, final, refused, start
+from command import ROOT, call, final, refused, start
 from experiments import workdir
 
-EPOCHS = 24
+EPOCHS = 100
 
 
 def compare(folder, out):
   return (
-    "--config=quickstart:tiny",
+    f"--config={ROOT / 'tests' / 'toy_config.py'}:tiny",
     "--config.train.batch_size=8",
-    "--config.model.hidden_size=4",
     f"--config.train.epochs={EPOCHS}",
     f"--data_dir={folder / 'data'}",
     f"--out={out}",

@@ -194,15 +194,16 @@ def test_ablations_stand_below_their_systems():
 
 @pytest.mark.slow
 def test_ablate_trains_variants_and_tabulates_their_differences(folder):
-  out = folder / "ablated"
+  out, config = folder / "ablated", folder / "toy_config.py"
+  config.write_text((ROOT / "tests" / "toy_config.py").read_text())
   code, output = call(
     "ablate",
-    "--model=quickstart",
+    f"--model={config}",
     "--change=blind: mask.drop=('text',); mask.rate=0",
     "--dataset=tiny",
     f"--data_dir={folder / 'data'}",
     f"--out={out}",
-    "--set=quickstart/model.hidden_size=4",
+    "--set=toy_config/optimizer.learning_rate=0.01",
     *SMALL,
     "--seeds=1,",
     "--mask_seeds=2",
@@ -211,13 +212,14 @@ def test_ablate_trains_variants_and_tabulates_their_differences(folder):
   assert code == 0, output
   assert output.count("TEST ORACLE") >= 2
   table = pd.read_csv(out / "differences.csv").set_index("model")
-  assert table.loc["quickstart", "Δ mae"] == 0 and table.loc["quickstart blind", "Δ mae"] != 0
+  assert table.loc["toy_config", "Δ mae"] == 0 and table.loc["toy_config blind", "Δ mae"] != 0
   page = (out / "report.html").read_text(encoding="utf-8")
   assert "TEST ORACLE" in page and "experiments.ablate" in page
   rows = pd.read_csv(out / "robustness_runs.csv")
   assert len(rows) == (2 * 2 + 1) * (10 + 6)  # variants x masks, and the constant, x conditions
   # without language, audio and vision nothing is seen: no mask makes a difference
-  silent = rows[(rows["model"] == "quickstart blind") & (rows["kind"] == "missing")]
+  silent = rows[(rows["model"] == "toy_config blind") & (rows["kind"] == "missing")]
   assert silent[silent["condition"] == "av"]["mae"].nunique() == 1
-  asked = runs.read_config(pathlib.Path(out) / "runs" / "quickstart blind" / "seed-1")
+  asked = runs.read_config(pathlib.Path(out) / "runs" / "toy_config blind" / "seed-1")
   assert asked["run"]["config"]["mask"]["drop"] == ["text"]
+  assert asked["run"]["config"]["optimizer"]["learning_rate"] == 0.01

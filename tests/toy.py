@@ -38,7 +38,8 @@ def features(batch: types.Batch):
 def predict(params, batch, extra):
   del extra
   hidden = jnp.tanh(features(batch) @ params["encoder"]["kernel"])
-  return {"prediction": hidden @ params["head"]["kernel"] + params["head"]["bias"]}
+  prediction = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+  return {"prediction": prediction, "feature": hidden}
 
 
 def loss(params, batch, key, extra):
