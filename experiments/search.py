@@ -232,7 +232,8 @@ class Search:
 
   def _end_one(self, queue, one: _Trial, training, ended, interrupted, pruned) -> None:
     beside = training.path != one.path  # the others went on when it was pruned
-    if ended.code == 0 and not (pruned and beside):
+    # one that was stopped after its last epoch has its result, too
+    if workdir.is_done(one.path) and not (pruned and beside):
       self._report(one)
       done = json.loads((one.path / "done.json").read_text(encoding="utf-8"))
       best = done[self.metric]

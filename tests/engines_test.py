@@ -11,12 +11,13 @@ import pytest
 from command import ROOT, call, final, refused, start
 from experiments import workdir
 
-EPOCHS = 100
+EPOCHS = 20
 
 
 def compare(folder, out):
   return (
     f"--config={ROOT / 'tests' / 'toy_config.py'}:tiny",
+    "--config.model.name=toy:make_lingering",
     "--config.train.batch_size=8",
     f"--config.train.epochs={EPOCHS}",
     f"--data_dir={folder / 'data'}",

@@ -1,5 +1,7 @@
 """A toy batch and a toy system, so that tests of the trainer need no real model."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,17 @@ def init_for(spec: types.Spec):
 def make() -> types.System:
   """The system for configs: `toy:make`."""
   return make_system()
+
+
+def make_lingering(seconds: float = 0.2) -> types.System:
+  """A system for configs whose epochs take a while, so that a training can be met in its middle."""
+
+  def on_epoch(params, extra, epoch, train):
+    del epoch, train
+    time.sleep(seconds)
+    return params, extra
+
+  return make_system(phases=(types.Phase("main", loss, on_epoch=on_epoch),))
 
 
 def make_system(**kwargs) -> types.System:

@@ -29,6 +29,9 @@ SPACE = {
 """
 
 
+LINGERING = "--config.model.name=toy:make_lingering"
+
+
 def flags(folder, out, *more):
   file = folder / "space.py"
   file.write_text(SPACE)
@@ -241,7 +244,7 @@ def test_what_kills_every_worker_is_given_up(queues):
 @pytest.mark.slow
 def test_pruned_and_stopped_trials(folder):
   """A signal saves all; what is not promising ends early."""
-  out, more = folder / "pruned", ("--config.train.epochs=40", "--trials=8", "--warmup=2")
+  out, more = folder / "pruned", ("--config.train.epochs=20", "--trials=8", "--warmup=2", LINGERING)
   file = folder / "rates.py"
   file.write_text(SPACE.replace("1e-4, 1e-2", "1e-7, 1e-2"))
   more += (f"--space={file}", "--processes=2")
@@ -302,8 +305,8 @@ def postgresql():
 def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   """No trial is lost or doubled; that of the dead worker goes on in its folder."""
   out, count = folder / "shared", 4
-  more = ("--config.train.epochs=60", f"--trials={count}", "--processes=1", "--pruner=none")
-  more += (f"--storage={postgresql}", "--grace=5")
+  more = ("--config.train.epochs=20", f"--trials={count}", "--processes=1", "--pruner=none")
+  more += (f"--storage={postgresql}", "--grace=5", LINGERING)
   workers = [start("tune", *flags(folder, out, *more)) for _ in range(2)]
   paths = [out / "trials" / f"{number:04d}" for number in range(2)]
   end = time.monotonic() + 300
@@ -325,5 +328,5 @@ def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   assert folders.keys() == found.keys()
   for number, one in found.items():
     log = workdir.history(folders[number])
-    assert [line["epoch"] for line in log] == list(range(60))
+    assert [line["epoch"] for line in log] == list(range(20))
     assert one.value == pytest.approx(min(line["valid"]["mae"] for line in log), rel=1e-6)
