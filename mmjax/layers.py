@@ -4,6 +4,7 @@ Sequences are [B, L, D] with `valid` [B, L], True on the real steps, which come 
 Every module is a linen module; dropout is on where a "dropout" key is given to `apply`.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -385,20 +386,22 @@ class MultiHeadAttention(nn.Module):
     width = query.shape[-1]
     kernel = self.param("in_kernel", nn.initializers.xavier_uniform(), (width, 3 * width))
     bias = self.param("in_bias", nn.initializers.zeros, (3 * width,))
-    kernels, biases = jnp.split(kernel, 3, -1), jnp.split(bias, 3)
 
-    def heads(x, n):
-      x = x @ kernels[n] + _last(biases[n], 3)
-      return x.reshape(*x.shape[:2], self.heads, -1)
+    # one product for what reads one x: all three, or keys and values
+    of = query, key, value
+    starts = [n for n in range(3) if n == 0 or of[n] is not of[n - 1]]
+    cuts = [n * width for n in starts[1:]]
+    heads = []
+    for n, w, b in zip(starts, jnp.split(kernel, cuts, -1), jnp.split(bias, cuts), strict=True):
+      y = of[n] @ w + _last(b, 3)
+      heads += [a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(y, len(b) // width, -1)]
 
     allowed = jnp.ones((1, 1, 1, 1), bool)
     if valid is not None:
       allowed = allowed & valid[:, None, None, :]
     if mask is not None:
       allowed = allowed & mask[None, None]
-    bias = attention_bias(allowed)
-    q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
-    y = attend(q, k, v, bias, Dropout(self.dropout))
+    y = attend(*heads, attention_bias(allowed), Dropout(self.dropout))
     out_init = self.out_init or uniform(1 / math.sqrt(width))
     out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
@@ -530,9 +533,31 @@ def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> 
       module = first.clone(parent=None, name=None, **rates)
       return module.apply({"params": params}, *args, rngs={"dropout": keys[0]} if keys else {})
 
-    every = [towers[n].variables["params"] for n in group], [inputs[n] for n in group]
-    params, args = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in every)
-    out = jax.vmap(run)(params, rates, [jnp.stack(keys)] if drops else [], args)
-    for place, n in enumerate(group):
-      found[n] = jax.tree.map(lambda a, place=place: a[place], out)
+    params = _side_by_side([towers[n].variables["params"] for n in group])
+    args = _side_by_side([inputs[n] for n in group])
+    out, structure = jax.tree.flatten(
+      jax.vmap(run)(params, rates, [jnp.stack(keys)] if drops else [], args)
+    )
+    for n, *leaves in zip(group, *map(jnp.unstack, out), strict=True):
+      found[n] = jax.tree.unflatten(structure, leaves)
   return found
+
+
+def _side_by_side(trees: Sequence[Any]) -> Any:
+  """A tree whose leaves are `jnp.stack` of those of N trees.
+
+  All vectors of one length are copied at once. Their gradients, and those of other leaves, are then
+  slices that need no new shape, which XLA cuts out by one kernel, not each by its own.
+  """
+  every = [jax.tree.leaves(tree) for tree in trees]
+  kinds = collections.defaultdict(list)
+  for place, leaf in enumerate(every[0]):
+    kinds[(leaf.shape, leaf.dtype) if leaf.ndim == 1 else place].append(place)
+  found: list[Any] = [None] * len(every[0])
+  for places in kinds.values():
+    rows = [leaves[place] for place in places for leaves in every]
+    shape = len(places), len(trees), *rows[0].shape
+    joined = jnp.concatenate(rows) if rows[0].ndim else jnp.stack(rows)
+    for place, leaf in zip(places, jnp.unstack(joined.reshape(shape)), strict=True):
+      found[place] = leaf
+  return jax.tree.unflatten(jax.tree.structure(trees[0]), found)

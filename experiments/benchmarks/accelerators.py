@@ -23,7 +23,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -257,9 +257,30 @@ def make_mesh(target: str, count: int) -> Mesh | None:
   return None if count == 1 else Mesh(np.array(devices(target, count)), (parallel.AXIS,))
 
 
+class Seconds(NamedTuple):
+  """What something takes.
+
+  Attributes:
+    wall: on the clock, which other work on the machine lengthens.
+    cpu: of all cores, of this process and of those that it started (assemblers): what one core
+      that does nothing else would take.
+  """
+
+  wall: float
+  cpu: float
+
+  @classmethod
+  def now(cls) -> Self:
+    times = os.times()
+    return cls(times.elapsed, sum(times[:4]))
+
+  def since(self) -> Self:
+    return type(self)(*(now - then for now, then in zip(self.now(), self, strict=True)))
+
+
 def compile_for(
   target: str, function: Callable, *args: Any, mesh: Mesh | None = None
-) -> tuple[Any, float]:
+) -> tuple[Any, Seconds]:
   """Compiles a function for a target.
 
   Args:
@@ -269,22 +290,25 @@ def compile_for(
     mesh: devices that each hold arguments and results; a single one by default.
 
   Returns:
-    The compiled program, which only `HERE`'s can run, and the seconds that tracing and compiling
-    took.
+    The compiled program, which only `HERE`'s can run, and what tracing and compiling took.
   """
-  began = time.perf_counter()
+  began = Seconds.now()
   if target == HERE:
-    return parallel.jit(function, mesh).lower(*args).compile(), time.perf_counter() - began
+    return parallel.jit(function, mesh).lower(*args).compile(), began.since()
   place = parallel.replicated(mesh) if mesh else SingleDeviceSharding(devices(target)[0])
   with recurrence.portable():
     lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
-  *tries, last = TARGETS[target].options
-  for options in tries:
+  traced = began.since()
+  for options in TARGETS[target].options:
+    began = Seconds.now()
     try:
-      return lowered.compile(options), time.perf_counter() - began
+      compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError:
-      began = time.perf_counter()
-  return lowered.compile(last), time.perf_counter() - began
+      if options is TARGETS[target].options[-1]:
+        raise
+    else:
+      return compiled, Seconds(*map(sum, zip(traced, began.since(), strict=True)))
+  raise AssertionError("a target has options")
 
 
 def make_spec(setting: cases.Setting) -> types.Spec:
@@ -362,7 +386,8 @@ def measure(
     **ran,
     **bound,
     "compiles": True,
-    "compile_s": round(seconds, 1),
+    "compile_s": round(seconds.wall, 1),
+    "compile_cpu_s": round(seconds.cpu, 1),
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     **launches._asdict(),
@@ -398,7 +423,8 @@ def run(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """The rows as Markdown."""
-  head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "temp_MB"]
+  head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "compile_cpu_s"]
+  head += ["temp_MB"]
   head += [name for name in ("init_s", "first_run_s", "step_s") if any(name in r for r in rows)]
   head += ["kernels", "loop_iterations", "conditionals", "collectives"]
   usual = {"precision": "float32", "remat": "steps", "devices": 1}
