@@ -401,7 +401,8 @@ class MultiHeadAttention(nn.Module):
       allowed = allowed & valid[:, None, None, :]
     if mask is not None:
       allowed = allowed & mask[None, None]
-    y = attend(*heads, attention_bias(allowed), Dropout(self.dropout))
+    q, k, v = heads
+    y = attend(q, k, v, attention_bias(allowed), Dropout(self.dropout))
     out_init = self.out_init or uniform(1 / math.sqrt(width))
     out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
@@ -533,31 +534,33 @@ def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> 
       module = first.clone(parent=None, name=None, **rates)
       return module.apply({"params": params}, *args, rngs={"dropout": keys[0]} if keys else {})
 
-    params = _side_by_side([towers[n].variables["params"] for n in group])
-    args = _side_by_side([inputs[n] for n in group])
-    out, structure = jax.tree.flatten(
-      jax.vmap(run)(params, rates, [jnp.stack(keys)] if drops else [], args)
-    )
+    params, _ = _side_by_side([towers[n].variables["params"] for n in group])
+    args, axes = _side_by_side([inputs[n] for n in group])
+    mapped = jax.vmap(run, in_axes=(0, 0, 0, axes))
+    out = mapped(params, rates, [jnp.stack(keys)] if drops else [], args)
+    out, structure = jax.tree.flatten(out)
     for n, *leaves in zip(group, *map(jnp.unstack, out), strict=True):
       found[n] = jax.tree.unflatten(structure, leaves)
   return found
 
 
-def _side_by_side(trees: Sequence[Any]) -> Any:
-  """A tree whose leaves are `jnp.stack` of those of N trees.
+def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
+  """A tree whose leaves are `jnp.stack` of those of N trees, and the axes for `jax.vmap`.
 
-  All vectors of one length are copied at once. Their gradients, and those of other leaves, are then
-  slices that need no new shape, which XLA cuts out by one kernel, not each by its own.
+  What is one array in all trees stays as it is, with an axis of None. All vectors of one length are
+  copied at once. Their gradients, and those of other leaves, are then slices that need no new
+  shape, which XLA cuts out by one kernel, not each by its own.
   """
-  every = [jax.tree.leaves(tree) for tree in trees]
-  kinds = collections.defaultdict(list)
+  every, structure = [jax.tree.leaves(tree) for tree in trees], jax.tree.structure(trees[0])
+  kinds, found = collections.defaultdict(list), list(every[0])
   for place, leaf in enumerate(every[0]):
-    kinds[(leaf.shape, leaf.dtype) if leaf.ndim == 1 else place].append(place)
-  found: list[Any] = [None] * len(every[0])
+    if any(leaves[place] is not leaf for leaves in every):
+      kinds[(leaf.shape, leaf.dtype) if leaf.ndim == 1 else place].append(place)
+  axes: list[int | None] = [None] * len(found)
   for places in kinds.values():
     rows = [leaves[place] for place in places for leaves in every]
     shape = len(places), len(trees), *rows[0].shape
     joined = jnp.concatenate(rows) if rows[0].ndim else jnp.stack(rows)
     for place, leaf in zip(places, jnp.unstack(joined.reshape(shape)), strict=True):
-      found[place] = leaf
-  return jax.tree.unflatten(jax.tree.structure(trees[0]), found)
+      found[place], axes[place] = leaf, 0
+  return jax.tree.unflatten(structure, found), jax.tree.unflatten(structure, axes)
