@@ -17,6 +17,7 @@ import collections
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -129,6 +130,8 @@ class Launches(NamedTuple):
     conditionals: decisions of the program; the dearest branch counts.
     unknown: loops whose number of iterations the program does not know; they count once.
     collectives: kernels that wait for the other devices.
+    flops: of matrix products, but for those inside of Pallas kernels.
+    bytes: that kernels read and write.
   """
 
   kernels: int = 0
@@ -136,6 +139,8 @@ class Launches(NamedTuple):
   conditionals: int = 0
   unknown: int = 0
   collectives: int = 0
+  flops: int = 0
+  bytes: int = 0
 
 
 # Operations of an optimized program that are launched; the others move nothing or hold others.
@@ -148,7 +153,9 @@ _COLLECTIVE = re.compile(
   r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?"
 )
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OPERATION = re.compile(r" = .*? ([a-z][\w\-]*)\(")
+_OPERATION = re.compile(r"%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)")
+_TYPE = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
+_CONTRACTED = re.compile(r'lhs_contracting_dim\w*"?[=:][{\[]([^}\]]*)')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
@@ -159,13 +166,17 @@ def count_launches(text: str) -> Launches:
   Raises:
     ValueError: if the text is no such program.
   """
-  bodies, name, entry = collections.defaultdict(list), None, None
+  bodies, types_of, name, entry = collections.defaultdict(list), {}, None, None
   for line in text.splitlines():
     if header := _HEADER.match(line):
       name = header[2]
       entry = name if header[1] else entry
     elif name and line.startswith("  "):
-      bodies[name].append(_COMMENT.sub("", line))
+      line = _COMMENT.sub("", line)
+      bodies[name].append(line)
+      if found := _OPERATION.search(line):
+        kinds = _TYPE.findall(found[2])
+        types_of[found[1]] = kinds[:1] if "__cublas" in line else kinds  # no workspace
   if entry is None:
     raise ValueError("this is no optimized program: it has no ENTRY.")
 
@@ -180,9 +191,21 @@ def count_launches(text: str) -> Launches:
     found = re.search(rf"\b{key}=(\{{[^}}]*\}}|[^,]*)", line)
     return re.findall(r"[\w.\-]+", found[1]) if found else []
 
+  @functools.cache
+  def flops_in(name):
+    return sum(map(flops_of, bodies[name]))
+
+  def flops_of(line):
+    found, contracted = _OPERATION.search(line), _CONTRACTED.search(line)
+    if not (found and contracted):
+      return sum(map(flops_in, named("calls", line)))
+    sizes = _sizes(types_of[re.findall(r"[\w.\-]+", found[4])[0]][0])
+    axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])]
+    return 2 * math.prod(_sizes(types_of[found[1]][0])) * math.prod(sizes[axis] for axis in axes)
+
   def of_line(line):
     found = _OPERATION.search(line)
-    operation = found[1] if found else ""
+    operation = found[3] if found else ""
     if operation == "while":
       trips = _TRIPS.search(line)
       times = int(trips[1]) if trips else 1
@@ -199,11 +222,23 @@ def count_launches(text: str) -> Launches:
       return add(max(map(of, pair or named("branch_computations", line))), Launches(conditionals=1))
     if operation in ("call", "async-start"):
       return of(named("to_apply" if "to_apply=" in line else "calls", line)[0])
-    if _COLLECTIVE.fullmatch(operation):
-      return Launches(kernels=1, collectives=1)
-    return Launches(kernels=int(LAUNCHED.fullmatch(operation) is not None))
+    collective = _COLLECTIVE.fullmatch(operation) is not None
+    if not (found and (collective or LAUNCHED.fullmatch(operation))):
+      return Launches()
+    moved = [found[1], *re.findall(r"%([\w.\-]+)", found[4])]
+    size = sum(_bytes(kind) for name in moved for kind in types_of.get(name, ()))
+    return Launches(1, collectives=int(collective), flops=flops_of(line), bytes=size)
 
   return of(entry)
+
+
+def _sizes(kind):
+  return [int(size) for size in kind[2].split(",") if size]
+
+
+def _bytes(kind):
+  """Of an array of (letters of its dtype, bits, sizes); a truth value takes a byte."""
+  return math.prod(_sizes(kind)) * int(kind[1] or 8) // 8
 
 
 class MissingCompiler(types.UsageError):
@@ -376,10 +411,16 @@ def measure(
     return {**row, "compiles": False, "error": str(error).strip().splitlines()[0][:200]}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   ran = run(compiled, made, SETTINGS[setting], mesh) if target == HERE else {}
-  launches, flops, size = count_launches(compiled.as_text()), cost.get("flops"), "bytes accessed"
+  launches = count_launches(compiled.as_text())
+  # a TPU's compiler tells them itself: its products have other names
+  launches = launches._replace(
+    flops=int(cost.get("flops", launches.flops)),
+    bytes=int(cost.get("bytes accessed", launches.bytes)),
+  )
   bound = {}
-  if target != HERE and flops:
-    times = flops / TARGETS[target].peak[0], cost.get(size, 0) / TARGETS[target].peak[1]
+  if target != HERE:
+    peaks = TARGETS[target].peak
+    times = launches.flops / peaks[0], launches.bytes / peaks[1]
     bound = {"roofline_s": float(f"{max(times) + LAUNCH_S * launches.kernels:.2g}")}
   return {
     **row,
@@ -391,8 +432,6 @@ def measure(
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     **launches._asdict(),
-    "flops": flops,  # without those of Pallas kernels, as the bytes
-    "bytes": cost.get(size),
   }
 
 
