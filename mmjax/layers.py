@@ -548,8 +548,7 @@ def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
   """A tree whose leaves are `jnp.stack` of those of N trees, and the axes for `jax.vmap`.
 
   What is one array in all trees stays as it is, with an axis of None. All vectors of one length are
-  copied at once. Their gradients, and those of other leaves, are slices that need no new shape, and
-  the barrier keeps it so: XLA cuts them out by one kernel, not each by its own.
+  copied by one kernel, and their gradients handed out by one.
   """
   every, structure = [jax.tree.leaves(tree) for tree in trees], jax.tree.structure(trees[0])
   kinds, found = collections.defaultdict(list), list(every[0])
@@ -560,8 +559,10 @@ def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
   for places in kinds.values():
     rows = [leaves[place] for place in places for leaves in every]
     shape = len(places), len(trees), *rows[0].shape
-    joined = jnp.concatenate(rows) if rows[0].ndim else jnp.stack(rows)
-    joined = jax.lax.optimization_barrier(joined).reshape(shape)
+    # XLA cuts slices that need no new shape by one kernel, unless they are large; but it fails on
+    # vectors in a row (Triton, jax 0.10.2)
+    joined = jnp.concatenate(rows) if rows[0].ndim > 1 else jnp.stack(rows)
+    joined = joined.reshape(shape)
     for place, leaf in zip(places, jnp.unstack(joined), strict=True):
       found[place], axes[place] = leaf, 0
   return jax.tree.unflatten(structure, found), jax.tree.unflatten(structure, axes)
