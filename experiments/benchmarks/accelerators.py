@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tabulate
@@ -49,6 +50,7 @@ _PRECISION = flags.DEFINE_enum(
 )
 _REMAT = flags.DEFINE_list("remat", ["steps"], "What second order recomputes, see meta.m3s.")
 _DEVICES = flags.DEFINE_list("devices", ["1"], "How many devices share the rows, up to four.")
+_SEEDS = flags.DEFINE_list("seeds", ["1"], "How many seeds are one program.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
 HERE = "here"
@@ -360,11 +362,12 @@ def training_step(
   *,
   remat: str = "steps",
   mesh: Mesh | None = None,
+  seeds: int = 1,
 ) -> tuple[Callable, tuple]:
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
   Dropout is off and masks are drawn beforehand, as in the benchmark of times. The devices of the
-  mesh share the rows.
+  mesh share the rows. Several seeds are one program: each has arguments of its own.
   """
   batch, spec = cases.make_batch(setting, 2 * setting.rows), make_spec(setting)
   phase = system.phases[-1]
@@ -383,7 +386,11 @@ def training_step(
     remat=remat,
   )
   args = params, batch, jax.random.key(2), extra
-  return jax.value_and_grad(iteration, has_aux=True), jax.eval_shape(lambda *a: a, *args)
+  step = jax.value_and_grad(iteration, has_aux=True)
+  if seeds == 1:
+    return step, jax.eval_shape(lambda *a: a, *args)
+  stacked = functools.partial(jax.tree.map, lambda a: jnp.stack([a] * seeds))
+  return jax.vmap(step), jax.eval_shape(lambda *a: stacked(a), *args)
 
 
 def measure(
@@ -395,22 +402,25 @@ def measure(
   remat: str = "steps",
   count: int = 1,
   precision: str = "float32",
+  seeds: int = 1,
 ) -> dict[str, Any]:
   """One row. What does not compile says why in "error"."""
   row = dict(target=target, system=system, setting=setting, order=order, k=k, precision=precision)
-  row |= dict(remat=remat, devices=count)
+  row |= dict(remat=remat, devices=count, seeds=seeds)
   own = {"bert": cases.BERT} if SETTINGS[setting].tokens else {}
   try:
     made, mesh = models.MODELS[system](**own), make_mesh(target, count)
     made = systems.in_precision(made, precision)
-    function, args = training_step(made, SETTINGS[setting], order, k, remat=remat, mesh=mesh)
+    function, args = training_step(
+      made, SETTINGS[setting], order, k, remat=remat, mesh=mesh, seeds=seeds
+    )
     compiled, seconds = compile_for(target, function, *args, mesh=mesh)
   except MissingCompiler:
     raise
   except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the row tells it
     return {**row, "compiles": False, "error": str(error).strip().splitlines()[0][:200]}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  ran = run(compiled, made, SETTINGS[setting], mesh) if target == HERE else {}
+  ran = run(compiled, made, SETTINGS[setting], mesh, seeds) if target == HERE else {}
   launches = count_launches(compiled.as_text())
   # a TPU's compiler tells them itself: its products have other names
   launches = launches._replace(
@@ -436,7 +446,11 @@ def measure(
 
 
 def run(
-  compiled: Any, system: types.System, setting: cases.Setting, mesh: Mesh | None = None
+  compiled: Any,
+  system: types.System,
+  setting: cases.Setting,
+  mesh: Mesh | None = None,
+  seeds: int = 1,
 ) -> dict[str, float]:
   """Seconds of a compiled `training_step` on this machine.
 
@@ -453,7 +467,10 @@ def run(
 
   (params, extra), init_s = timed(system.init, key, make_spec(setting))
   batch = cases.make_batch(setting, 2 * setting.rows)
-  args = parallel.replicate((params, batch, key, extra), mesh)
+  args: Any = (params, batch, key, extra)
+  if seeds > 1:
+    args = jax.tree.map(lambda a: jnp.stack([a] * seeds), args)
+  args = parallel.replicate(args, mesh)
   _, first_s = timed(compiled, *args)
   steps = [timed(compiled, *args)[1] for _ in range(max(3, min(100, int(2 / first_s))))]
   found = {"init_s": init_s, "first_run_s": first_s, "step_s": statistics.median(steps)}
@@ -466,7 +483,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   head += ["temp_MB"]
   head += [name for name in ("init_s", "first_run_s", "step_s") if any(name in r for r in rows)]
   head += ["kernels", "loop_iterations", "conditionals", "collectives"]
-  usual = {"precision": "float32", "remat": "steps", "devices": 1}
+  usual = {"precision": "float32", "remat": "steps", "devices": 1, "seeds": 1}
   head += [name for name, value in usual.items() if any(row[name] != value for row in rows)]
   megabytes = lambda row: {**row, "temp_MB": round(row.get("temp_bytes", 0) / 1e6, 1)}  # noqa: E731
   body = [[megabytes(row).get(name, "") for name in head] for row in rows]
@@ -483,7 +500,7 @@ def main(argv: Sequence[str]) -> None:
     if target != HERE:
       find_compiler(target)
   todo = [
-    (target, system, setting, order, int(k), remat, int(count), _PRECISION.value)
+    (target, system, setting, order, int(k), remat, int(count), _PRECISION.value, int(seeds))
     for target in _TARGETS.value
     for setting in _SETTINGS.value
     for system in _SYSTEMS.value
@@ -491,6 +508,7 @@ def main(argv: Sequence[str]) -> None:
     for k in _STEPS.value
     for remat in (_REMAT.value if order == "second" else _REMAT.value[:1])
     for count in _DEVICES.value
+    for seeds in _SEEDS.value
   ]
   rows = []
   for what in tqdm.tqdm(todo, disable=None):
