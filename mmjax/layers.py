@@ -4,6 +4,7 @@ Sequences are [B, L, D] with `valid` [B, L], True on the real steps, which come 
 Every module is a linen module; dropout is on where a "dropout" key is given to `apply`.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -385,20 +386,23 @@ class MultiHeadAttention(nn.Module):
     width = query.shape[-1]
     kernel = self.param("in_kernel", nn.initializers.xavier_uniform(), (width, 3 * width))
     bias = self.param("in_bias", nn.initializers.zeros, (3 * width,))
-    kernels, biases = jnp.split(kernel, 3, -1), jnp.split(bias, 3)
 
-    def heads(x, n):
-      x = x @ kernels[n] + _last(biases[n], 3)
-      return x.reshape(*x.shape[:2], self.heads, -1)
+    # one product for what reads one x: all three, or keys and values
+    of = query, key, value
+    starts = [n for n in range(3) if n == 0 or of[n] is not of[n - 1]]
+    cuts = [n * width for n in starts[1:]]
+    heads = []
+    for n, w, b in zip(starts, jnp.split(kernel, cuts, -1), jnp.split(bias, cuts), strict=True):
+      y = of[n] @ w + _last(b, 3)
+      heads += [a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(y, len(b) // width, -1)]
 
     allowed = jnp.ones((1, 1, 1, 1), bool)
     if valid is not None:
       allowed = allowed & valid[:, None, None, :]
     if mask is not None:
       allowed = allowed & mask[None, None]
-    bias = attention_bias(allowed)
-    q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
-    y = attend(q, k, v, bias, Dropout(self.dropout))
+    q, k, v = heads
+    y = attend(q, k, v, attention_bias(allowed), Dropout(self.dropout))
     out_init = self.out_init or uniform(1 / math.sqrt(width))
     out_kernel = self.param("out_kernel", out_init, (width, width))
     out_bias = self.param("out_bias", nn.initializers.zeros, (width,))
@@ -530,9 +534,35 @@ def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> 
       module = first.clone(parent=None, name=None, **rates)
       return module.apply({"params": params}, *args, rngs={"dropout": keys[0]} if keys else {})
 
-    every = [towers[n].variables["params"] for n in group], [inputs[n] for n in group]
-    params, args = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in every)
-    out = jax.vmap(run)(params, rates, [jnp.stack(keys)] if drops else [], args)
-    for place, n in enumerate(group):
-      found[n] = jax.tree.map(lambda a, place=place: a[place], out)
+    params, _ = _side_by_side([towers[n].variables["params"] for n in group])
+    args, axes = _side_by_side([inputs[n] for n in group])
+    mapped = jax.vmap(run, in_axes=(0, 0, 0, axes))
+    out = mapped(params, rates, [jnp.stack(keys)] if drops else [], args)
+    out, structure = jax.tree.flatten(out)
+    for n, *leaves in zip(group, *map(jnp.unstack, out), strict=True):
+      found[n] = jax.tree.unflatten(structure, leaves)
   return found
+
+
+def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
+  """A tree whose leaves are `jnp.stack` of those of N trees, and the axes for `jax.vmap`.
+
+  What is one array in all trees stays as it is, with an axis of None. All vectors of one length are
+  copied by one kernel, and their gradients handed out by one.
+  """
+  every, structure = [jax.tree.leaves(tree) for tree in trees], jax.tree.structure(trees[0])
+  kinds, found = collections.defaultdict(list), list(every[0])
+  for place, leaf in enumerate(every[0]):
+    if any(leaves[place] is not leaf for leaves in every):
+      kinds[(leaf.shape, leaf.dtype) if leaf.ndim == 1 else place].append(place)
+  axes: list[int | None] = [None] * len(found)
+  for places in kinds.values():
+    rows = [leaves[place] for place in places for leaves in every]
+    shape = len(places), len(trees), *rows[0].shape
+    # XLA cuts slices that need no new shape by one kernel, unless they are large; but it fails on
+    # vectors in a row (Triton, jax 0.10.2)
+    joined = jnp.concatenate(rows) if rows[0].ndim > 1 else jnp.stack(rows)
+    joined = joined.reshape(shape)
+    for place, leaf in zip(places, jnp.unstack(joined), strict=True):
+      found[place], axes[place] = leaf, 0
+  return jax.tree.unflatten(structure, found), jax.tree.unflatten(structure, axes)

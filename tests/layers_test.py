@@ -321,3 +321,48 @@ def test_towers_together_compute_what_each_does_alone():
   gone = np.asarray(dropped) == 0
   assert 0.8 < gone.mean() < 0.98
   np.testing.assert_allclose(dropped[~gone], 10 * alone[1][1][~gone], rtol=1e-5)
+
+
+class Norms(nn.Module):
+  """Three norms of one array."""
+
+  alone: bool
+
+  @nn.compact
+  def __call__(self, x):
+    norms = [layers.LayerNorm(name=f"norm_{n}") for n in range(3)]
+    return [norm(x) for norm in norms] if self.alone else layers.together(norms, [(x,)] * 3)
+
+
+def test_towers_of_one_array_read_it_once_and_copy_their_vectors_at_once(x):
+  random = np.random.default_rng(1)
+  params = Norms(True).init(jax.random.key(0), x)
+  params = jax.tree.map(lambda a: random.normal(size=a.shape).astype(np.float32), params)
+
+  def loss(params, x, alone):
+    found = Norms(alone).apply(params, x)
+    return sum(n * jnp.sum(y**2) for n, y in enumerate(found, 1)), found
+
+  gradient = jax.grad(loss, (0, 1), has_aux=True)
+  together, alone = (gradient(params, x, alone) for alone in (False, True))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), together, alone)
+  traced = jax.make_jaxpr(lambda params, x: loss(params, x, False))(params, x).jaxpr
+  (norm,) = jaxprs.named(traced, "rsqrt")
+  assert norm.outvars[0].aval.size == x[..., 0].size
+  copies = [jaxprs.named(traced, name) for name in ("stack", "concatenate")]
+  assert len([*copies[0], *copies[1]]) == 1
+
+
+def test_attention_projects_what_reads_one_array_by_one_product(x):
+  module, other = layers.MultiHeadAttention(1), 2 * x[:, :2]
+  params = init(module, x)
+
+  def products(*args):
+    traced = jax.make_jaxpr(lambda: module.apply(params, *args))().jaxpr
+    return len(jaxprs.named(traced, "dot_general"))
+
+  itself, source, three = products(x), products(x, other), products(x, other, 3 * other)
+  assert (source - itself, three - source) == (1, 1)
+  y = module.apply(params, x, other)
+  np.testing.assert_allclose(y, module.apply(params, x, other, other + 0), rtol=1e-5)
+  np.testing.assert_allclose(module.apply(params, x), module.apply(params, x, x + 0), rtol=1e-5)

@@ -17,15 +17,17 @@ import collections
 import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tabulate
@@ -48,6 +50,7 @@ _PRECISION = flags.DEFINE_enum(
 )
 _REMAT = flags.DEFINE_list("remat", ["steps"], "What second order recomputes, see meta.m3s.")
 _DEVICES = flags.DEFINE_list("devices", ["1"], "How many devices share the rows, up to four.")
+_SEEDS = flags.DEFINE_list("seeds", ["1"], "How many seeds are one program.")
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
 HERE = "here"
@@ -129,6 +132,8 @@ class Launches(NamedTuple):
     conditionals: decisions of the program; the dearest branch counts.
     unknown: loops whose number of iterations the program does not know; they count once.
     collectives: kernels that wait for the other devices.
+    flops: of matrix products, but for those inside of Pallas kernels.
+    bytes: that kernels read and write.
   """
 
   kernels: int = 0
@@ -136,6 +141,8 @@ class Launches(NamedTuple):
   conditionals: int = 0
   unknown: int = 0
   collectives: int = 0
+  flops: int = 0
+  bytes: int = 0
 
 
 # Operations of an optimized program that are launched; the others move nothing or hold others.
@@ -148,7 +155,9 @@ _COLLECTIVE = re.compile(
   r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?"
 )
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OPERATION = re.compile(r" = .*? ([a-z][\w\-]*)\(")
+_OPERATION = re.compile(r"%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)")
+_TYPE = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
+_CONTRACTED = re.compile(r'lhs_contracting_dim\w*"?[=:][{\[]([^}\]]*)')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
@@ -159,13 +168,17 @@ def count_launches(text: str) -> Launches:
   Raises:
     ValueError: if the text is no such program.
   """
-  bodies, name, entry = collections.defaultdict(list), None, None
+  bodies, types_of, name, entry = collections.defaultdict(list), {}, None, None
   for line in text.splitlines():
     if header := _HEADER.match(line):
       name = header[2]
       entry = name if header[1] else entry
     elif name and line.startswith("  "):
-      bodies[name].append(_COMMENT.sub("", line))
+      line = _COMMENT.sub("", line)
+      bodies[name].append(line)
+      if found := _OPERATION.search(line):
+        kinds = _TYPE.findall(found[2])
+        types_of[found[1]] = kinds[:1] if "__cublas" in line else kinds  # no workspace
   if entry is None:
     raise ValueError("this is no optimized program: it has no ENTRY.")
 
@@ -180,9 +193,21 @@ def count_launches(text: str) -> Launches:
     found = re.search(rf"\b{key}=(\{{[^}}]*\}}|[^,]*)", line)
     return re.findall(r"[\w.\-]+", found[1]) if found else []
 
+  @functools.cache
+  def flops_in(name):
+    return sum(map(flops_of, bodies[name]))
+
+  def flops_of(line):
+    found, contracted = _OPERATION.search(line), _CONTRACTED.search(line)
+    if not (found and contracted):
+      return sum(map(flops_in, named("calls", line)))
+    sizes = _sizes(types_of[re.findall(r"[\w.\-]+", found[4])[0]][0])
+    axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])]
+    return 2 * math.prod(_sizes(types_of[found[1]][0])) * math.prod(sizes[axis] for axis in axes)
+
   def of_line(line):
     found = _OPERATION.search(line)
-    operation = found[1] if found else ""
+    operation = found[3] if found else ""
     if operation == "while":
       trips = _TRIPS.search(line)
       times = int(trips[1]) if trips else 1
@@ -199,11 +224,23 @@ def count_launches(text: str) -> Launches:
       return add(max(map(of, pair or named("branch_computations", line))), Launches(conditionals=1))
     if operation in ("call", "async-start"):
       return of(named("to_apply" if "to_apply=" in line else "calls", line)[0])
-    if _COLLECTIVE.fullmatch(operation):
-      return Launches(kernels=1, collectives=1)
-    return Launches(kernels=int(LAUNCHED.fullmatch(operation) is not None))
+    collective = _COLLECTIVE.fullmatch(operation) is not None
+    if not (found and (collective or LAUNCHED.fullmatch(operation))):
+      return Launches()
+    moved = [found[1], *re.findall(r"%([\w.\-]+)", found[4])]
+    size = sum(_bytes(kind) for name in moved for kind in types_of.get(name, ()))
+    return Launches(1, collectives=int(collective), flops=flops_of(line), bytes=size)
 
   return of(entry)
+
+
+def _sizes(kind):
+  return [int(size) for size in kind[2].split(",") if size]
+
+
+def _bytes(kind):
+  """Of an array of (letters of its dtype, bits, sizes); a truth value takes a byte."""
+  return math.prod(_sizes(kind)) * int(kind[1] or 8) // 8
 
 
 class MissingCompiler(types.UsageError):
@@ -257,9 +294,30 @@ def make_mesh(target: str, count: int) -> Mesh | None:
   return None if count == 1 else Mesh(np.array(devices(target, count)), (parallel.AXIS,))
 
 
+class Seconds(NamedTuple):
+  """What something takes.
+
+  Attributes:
+    wall: on the clock, which other work on the machine lengthens.
+    cpu: of all cores, of this process and of those that it started (assemblers): what one core
+      that does nothing else would take.
+  """
+
+  wall: float
+  cpu: float
+
+  @classmethod
+  def now(cls) -> Self:
+    times = os.times()
+    return cls(times.elapsed, sum(times[:4]))
+
+  def since(self) -> Self:
+    return type(self)(*(now - then for now, then in zip(self.now(), self, strict=True)))
+
+
 def compile_for(
   target: str, function: Callable, *args: Any, mesh: Mesh | None = None
-) -> tuple[Any, float]:
+) -> tuple[Any, Seconds]:
   """Compiles a function for a target.
 
   Args:
@@ -269,22 +327,25 @@ def compile_for(
     mesh: devices that each hold arguments and results; a single one by default.
 
   Returns:
-    The compiled program, which only `HERE`'s can run, and the seconds that tracing and compiling
-    took.
+    The compiled program, which only `HERE`'s can run, and what tracing and compiling took.
   """
-  began = time.perf_counter()
+  began = Seconds.now()
   if target == HERE:
-    return parallel.jit(function, mesh).lower(*args).compile(), time.perf_counter() - began
+    return parallel.jit(function, mesh).lower(*args).compile(), began.since()
   place = parallel.replicated(mesh) if mesh else SingleDeviceSharding(devices(target)[0])
   with recurrence.portable():
     lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
-  *tries, last = TARGETS[target].options
-  for options in tries:
+  traced = began.since()
+  for options in TARGETS[target].options:
+    began = Seconds.now()
     try:
-      return lowered.compile(options), time.perf_counter() - began
+      compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError:
-      began = time.perf_counter()
-  return lowered.compile(last), time.perf_counter() - began
+      if options is TARGETS[target].options[-1]:
+        raise
+    else:
+      return compiled, Seconds(*map(sum, zip(traced, began.since(), strict=True)))
+  raise AssertionError("a target has options")
 
 
 def make_spec(setting: cases.Setting) -> types.Spec:
@@ -301,11 +362,12 @@ def training_step(
   *,
   remat: str = "steps",
   mesh: Mesh | None = None,
+  seeds: int = 1,
 ) -> tuple[Callable, tuple]:
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
   Dropout is off and masks are drawn beforehand, as in the benchmark of times. The devices of the
-  mesh share the rows.
+  mesh share the rows. Several seeds are one program: each has arguments of its own.
   """
   batch, spec = cases.make_batch(setting, 2 * setting.rows), make_spec(setting)
   phase = system.phases[-1]
@@ -324,7 +386,11 @@ def training_step(
     remat=remat,
   )
   args = params, batch, jax.random.key(2), extra
-  return jax.value_and_grad(iteration, has_aux=True), jax.eval_shape(lambda *a: a, *args)
+  step = jax.value_and_grad(iteration, has_aux=True)
+  if seeds == 1:
+    return step, jax.eval_shape(lambda *a: a, *args)
+  stacked = functools.partial(jax.tree.map, lambda a: jnp.stack([a] * seeds))
+  return jax.vmap(step), jax.eval_shape(lambda *a: stacked(a), *args)
 
 
 def measure(
@@ -336,43 +402,55 @@ def measure(
   remat: str = "steps",
   count: int = 1,
   precision: str = "float32",
+  seeds: int = 1,
 ) -> dict[str, Any]:
   """One row. What does not compile says why in "error"."""
   row = dict(target=target, system=system, setting=setting, order=order, k=k, precision=precision)
-  row |= dict(remat=remat, devices=count)
+  row |= dict(remat=remat, devices=count, seeds=seeds)
   own = {"bert": cases.BERT} if SETTINGS[setting].tokens else {}
   try:
     made, mesh = models.MODELS[system](**own), make_mesh(target, count)
     made = systems.in_precision(made, precision)
-    function, args = training_step(made, SETTINGS[setting], order, k, remat=remat, mesh=mesh)
+    function, args = training_step(
+      made, SETTINGS[setting], order, k, remat=remat, mesh=mesh, seeds=seeds
+    )
     compiled, seconds = compile_for(target, function, *args, mesh=mesh)
   except MissingCompiler:
     raise
   except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the row tells it
     return {**row, "compiles": False, "error": str(error).strip().splitlines()[0][:200]}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  ran = run(compiled, made, SETTINGS[setting], mesh) if target == HERE else {}
-  launches, flops, size = count_launches(compiled.as_text()), cost.get("flops"), "bytes accessed"
+  ran = run(compiled, made, SETTINGS[setting], mesh, seeds) if target == HERE else {}
+  launches = count_launches(compiled.as_text())
+  # a TPU's compiler tells them itself: its products have other names
+  launches = launches._replace(
+    flops=int(cost.get("flops", launches.flops)),
+    bytes=int(cost.get("bytes accessed", launches.bytes)),
+  )
   bound = {}
-  if target != HERE and flops:
-    times = flops / TARGETS[target].peak[0], cost.get(size, 0) / TARGETS[target].peak[1]
+  if target != HERE:
+    peaks = TARGETS[target].peak
+    times = launches.flops / peaks[0], launches.bytes / peaks[1]
     bound = {"roofline_s": float(f"{max(times) + LAUNCH_S * launches.kernels:.2g}")}
   return {
     **row,
     **ran,
     **bound,
     "compiles": True,
-    "compile_s": round(seconds, 1),
+    "compile_s": round(seconds.wall, 1),
+    "compile_cpu_s": round(seconds.cpu, 1),
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     **launches._asdict(),
-    "flops": flops,  # without those of Pallas kernels, as the bytes
-    "bytes": cost.get(size),
   }
 
 
 def run(
-  compiled: Any, system: types.System, setting: cases.Setting, mesh: Mesh | None = None
+  compiled: Any,
+  system: types.System,
+  setting: cases.Setting,
+  mesh: Mesh | None = None,
+  seeds: int = 1,
 ) -> dict[str, float]:
   """Seconds of a compiled `training_step` on this machine.
 
@@ -389,7 +467,10 @@ def run(
 
   (params, extra), init_s = timed(system.init, key, make_spec(setting))
   batch = cases.make_batch(setting, 2 * setting.rows)
-  args = parallel.replicate((params, batch, key, extra), mesh)
+  args: Any = (params, batch, key, extra)
+  if seeds > 1:
+    args = jax.tree.map(lambda a: jnp.stack([a] * seeds), args)
+  args = parallel.replicate(args, mesh)
   _, first_s = timed(compiled, *args)
   steps = [timed(compiled, *args)[1] for _ in range(max(3, min(100, int(2 / first_s))))]
   found = {"init_s": init_s, "first_run_s": first_s, "step_s": statistics.median(steps)}
@@ -398,10 +479,11 @@ def run(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
   """The rows as Markdown."""
-  head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "temp_MB"]
+  head = ["target", "setting", "system", "order", "k", "compiles", "compile_s", "compile_cpu_s"]
+  head += ["temp_MB"]
   head += [name for name in ("init_s", "first_run_s", "step_s") if any(name in r for r in rows)]
   head += ["kernels", "loop_iterations", "conditionals", "collectives"]
-  usual = {"precision": "float32", "remat": "steps", "devices": 1}
+  usual = {"precision": "float32", "remat": "steps", "devices": 1, "seeds": 1}
   head += [name for name, value in usual.items() if any(row[name] != value for row in rows)]
   megabytes = lambda row: {**row, "temp_MB": round(row.get("temp_bytes", 0) / 1e6, 1)}  # noqa: E731
   body = [[megabytes(row).get(name, "") for name in head] for row in rows]
@@ -418,7 +500,7 @@ def main(argv: Sequence[str]) -> None:
     if target != HERE:
       find_compiler(target)
   todo = [
-    (target, system, setting, order, int(k), remat, int(count), _PRECISION.value)
+    (target, system, setting, order, int(k), remat, int(count), _PRECISION.value, int(seeds))
     for target in _TARGETS.value
     for setting in _SETTINGS.value
     for system in _SYSTEMS.value
@@ -426,6 +508,7 @@ def main(argv: Sequence[str]) -> None:
     for k in _STEPS.value
     for remat in (_REMAT.value if order == "second" else _REMAT.value[:1])
     for count in _DEVICES.value
+    for seeds in _SEEDS.value
   ]
   rows = []
   for what in tqdm.tqdm(todo, disable=None):
