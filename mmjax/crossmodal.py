@@ -50,7 +50,7 @@ class CrossmodalLayer(nn.Module):
     mask = future(x.shape[1], source.shape[1]) if self.causal else None
     init, dense = None, layers.Dense
     if self.xavier:
-      init = nn.initializers.xavier_uniform()
+      init = layers.xavier_uniform
       dense = functools.partial(nn.Dense, kernel_init=init)
     y = layers.MultiHeadAttention(
       self.heads, self.attention_dropout, out_init=init, name="attention"

@@ -12,7 +12,7 @@ from mmjax import layers, torch_import, types
 
 Array = types.Array
 HEAD = 64  # width of a head, whatever the model's width
-POSITIONS = nn.initializers.normal(1.0)
+POSITIONS = layers.normal(1.0)
 
 
 def attend(query: Array, key: Array, value: Array, heads: int) -> Array:

@@ -22,24 +22,44 @@ from mmjax import recurrence, types
 Array = types.Array
 
 
-def one_program(init: Callable) -> Callable:
-  """An initializer as one program: its operations one by one would round differently."""
-  return jax.jit(init, static_argnums=(1, 2))
+def drawn(sample: Callable, key: types.PRNGKey, shape: Sequence[int]) -> Array:
+  """The first of the numbers `sample(key, [n])`, for an n that many shapes share.
+
+  A program of every shape would take longer to compile than all else of a system's start. As Threefry
+  tells a number by its place alone, they are the numbers of an array of that shape.
+  """
+  count = math.prod(shape)
+  size = 1 << max(8, (count - 1).bit_length())
+  if size < 1 << 16 and size.bit_length() % 2 == 0:
+    size *= 2  # powers of 4, where twice as many cost nothing
+  return _first(sample(key, (size,)), tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first(numbers, shape):
+  return numbers[: math.prod(shape)].reshape(shape)
 
 
 @functools.cache
 def normal(std: float) -> Callable:
   """N(0, std²)."""
-  return one_program(nn.initializers.normal(std))
+  # as one program: its operations one by one would round differently
+  sample = jax.jit(nn.initializers.normal(std), static_argnums=(1, 2))
+  return lambda key, shape, dtype=jnp.float32: drawn(lambda *a: sample(*a, dtype), key, shape)
 
 
 def uniform(bound: float) -> Callable:
   """U(-bound, bound)."""
 
   def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return drawn(lambda k, n: jax.random.uniform(k, n, dtype, -bound, bound), key, shape)
 
   return init
+
+
+def xavier_uniform(key: types.PRNGKey, shape: Sequence[int], dtype=jnp.float32) -> Array:
+  """U(±√(6 / (in + out))) of [..., in, out]."""
+  return uniform(math.sqrt(6 / (shape[-2] + shape[-1])))(key, shape, dtype)
 
 
 def _last(vector: Array, rank: int) -> Array:
@@ -384,7 +404,7 @@ class MultiHeadAttention(nn.Module):
     key = query if key is None else key
     value = key if value is None else value
     width = query.shape[-1]
-    kernel = self.param("in_kernel", nn.initializers.xavier_uniform(), (width, 3 * width))
+    kernel = self.param("in_kernel", xavier_uniform, (width, 3 * width))
     bias = self.param("in_bias", nn.initializers.zeros, (3 * width,))
 
     # one product for what reads one x: all three, or keys and values

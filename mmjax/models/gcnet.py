@@ -129,11 +129,9 @@ class RelationalGraph(nn.Module):
   @nn.compact
   def __call__(self, x: Array, edge: Array, relation: Array) -> Array:
     """x [V, U, D], edge and relation [V, U, U] (receivers before senders) -> [V, U, features]."""
-    glorot, shape = nn.initializers.glorot_uniform(), (x.shape[-1], self.features)
-    weights = self.param(
-      "relations", nn.initializers.glorot_uniform(batch_axis=0), (self.relations, *shape)
-    )
-    y = x @ self.param("root", glorot, shape)
+    init, shape = layers.xavier_uniform, (x.shape[-1], self.features)
+    weights = self.param("relations", init, (self.relations, *shape))
+    y = x @ self.param("root", init, shape)
     y = y + self.param("bias", nn.initializers.zeros, (self.features,))[None, None]
     for number in range(self.relations):
       own = (edge & (relation == number)).astype(x.dtype)

@@ -274,14 +274,13 @@ def make(
   return types.System(init, model.predict, phases)
 
 
-@jax.jit
 def xavier_normal(key: types.PRNGKey, params: types.Params) -> types.Params:
   """Draws every matrix outside of BERT from N(0, 2 / (rows + columns)), as the trainer does."""
   rest = {name: value for name, value in params.items() if name != "bert"}
   leaves, tree = jax.tree.flatten(rest)
   keys = jax.random.split(key, len(leaves))
   drawn = [
-    jax.random.normal(k, x.shape) * (2 / sum(x.shape)) ** 0.5 if x.ndim == 2 else x
+    layers.normal((2 / sum(x.shape)) ** 0.5)(k, x.shape) if x.ndim == 2 else x
     for k, x in zip(keys, leaves, strict=True)
   ]
   return {**params, **jax.tree.unflatten(tree, drawn)}

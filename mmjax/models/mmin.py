@@ -9,6 +9,7 @@ complement, the part of the data that the student does not see; a second cascade
 Paper: https://aclanthology.org/2021.acl-long.203. Parity: the authors' code and its quirks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,17 @@ Array = types.Array
 ORDER = ("audio", "text", "vision")  # of the concatenated embeddings
 FILTERS, WIDTHS = 128, (3, 4, 5)  # of the text CNN
 POOLINGS = ("maxpool", "last", "attention")
-KAIMING = layers.one_program(nn.initializers.variance_scaling(2.0, "fan_in", "normal"))
+
+
+def kaiming(key, shape, dtype=jnp.float32):
+  """N(0, 2 / in) of [..., out], "in" being all axes but the last."""
+  return layers.normal(math.sqrt(2 / math.prod(shape[:-1])))(key, shape, dtype)
 
 
 def dense(size: int | tuple[int, int], name: str) -> nn.Dense | layers.Dense:
   if not isinstance(size, int):  # the head of binary problems, which the authors have not
     return layers.Dense(size, name=name)
-  return nn.Dense(size, kernel_init=KAIMING, name=name)
+  return nn.Dense(size, kernel_init=kaiming, name=name)
 
 
 class SequenceEncoder(nn.Module):
@@ -62,7 +67,7 @@ class TextCNN(nn.Module):
       raise ValueError(f"MMIN's text CNN needs {max(WIDTHS)} steps, the text has {x.shape[1]}.")
     pooled = []
     for n, width in enumerate(WIDTHS, 1):
-      conv = layers.Conv1d(FILTERS, width, kernel_init=KAIMING, name=f"conv_{n}")
+      conv = layers.Conv1d(FILTERS, width, kernel_init=kaiming, name=f"conv_{n}")
       pooled.append(jax.nn.relu(conv(x)).max(1))
     hidden = layers.Dropout(self.dropout)(jnp.concatenate(pooled, -1))
     return jax.nn.relu(dense(self.size, "out")(hidden))
