@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import models_test
-from experiments.benchmarks import accelerators, cases
+from experiments.benchmarks import accelerators
 from mmjax import models, recurrence
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -123,15 +122,15 @@ def target(request):
   return request.param
 
 
-@pytest.mark.parametrize("name", ["lmf", "self_mm"])
-def test_a_systems_training_step_compiles_without_loops(target, name):
-  system = models.MODELS[name](**models_test.SETTINGS[name])
-  setting = cases.Setting(((6, 5), (9, 3), (8, 4)), 4)
-  step = accelerators.training_step(system, setting, "first", 1)
+# What may be launched at the benchmark's sizes on an H100; a TPU's compiler fuses less.
+@pytest.mark.parametrize(("name", "most"), [("lmf", 200), ("self_mm", 300)])
+def test_a_systems_training_step_is_few_kernels_without_loops(target, name, most):
+  setting = accelerators.SETTINGS["aligned"]
+  step = accelerators.training_step(models.MODELS[name](), setting, "first", 1)
   compiled, _ = accelerators.compile_for(target, step[0], *step[1])
   found = accelerators.count_launches(compiled.as_text())
   assert found.loop_iterations == found.conditionals == found.unknown == 0
-  assert 50 < found.kernels < 400
+  assert most / 4 < found.kernels <= (most if target == "h100" else 1.5 * most)
 
 
 def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
