@@ -177,7 +177,10 @@ def cost_rows(runs: study.Study, steps: int, out: pathlib.Path) -> list[dict]:
   base = runs.variants[0].config.train.batch_size
   for variant in runs.variants:
     cost, name = lines.cost(variant.config), variant.columns["method"]
-    key = json.dumps(settings.plain(variant.config), sort_keys=True)
+    # lines that only train longer have the same step
+    parts = (variant.config[name] for name in ("model", "data", "mask", "method"))
+    step = [variant.config.train.batch_size, *map(settings.plain, parts)]
+    key = json.dumps(step, sort_keys=True)
     if key not in known and steps:
       known[key] = seconds_of_a_step(runs.run(variant, runs.seeds[0]), steps)
       workdir.write_atomically(path, json.dumps(known))

@@ -93,8 +93,12 @@ def search(
     UsageError: if no trial of a method came to its end.
   """
 
+  known = settings.flatten(settings.plain(config))
+  defaults = {name: value for name, value in lines.PLAIN.items() if name not in known}
+
   def made_of(method, changes):
-    return lines.changed(config, {"method.name": method, **changes})
+    told = defaults if method == "m3s" else {}  # a default that is told is one program with others
+    return lines.changed(config, {"method.name": method, **told, **changes})
 
   def is_affordable(method, changes):
     return lines.cost(made_of(method, changes)).equivalent <= gradients * config.train.batch_size
