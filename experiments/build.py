@@ -249,9 +249,10 @@ def recipe_of(run: Run) -> Callable[[Mapping[str, Any]], train.Recipe]:
   """The recipe as a function of numbers of the config, by dotted name, which may be traced."""
 
   def make(numbers):
-    config = settings.from_json(settings.plain(run.config))
+    tree = settings.plain(run.config)
     for name, number in numbers.items():
-      settings.put(config, name, number)
+      tree = settings.put(tree, name, number)
+    config = settings.from_json(tree)
     return _make_recipe(config, make_system(config), run.dataset)
 
   return make

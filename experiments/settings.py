@@ -174,13 +174,22 @@ def assign(config: Config, name: str, value: Any) -> None:
     where[last] = ml_collections.ConfigDict(found) if isinstance(found, Mapping) else found
 
 
-def put(config: Config, name: str, value: Any) -> None:
-  """Sets an entry that is there, "train.epochs", to a value of any kind, such as a traced one."""
-  *sections, last = name.split(".")
-  for section in sections:
-    config = config[section]
-  with config.ignore_type():
-    config[last] = value
+def put(tree: Any, name: str, value: Any) -> Any:
+  """A copy of a plain tree with another value, of any kind, such as a traced one.
+
+  Args:
+    tree: of `plain`.
+    name: of what is there: "train.epochs"; "optimizer.groups.0.1.learning_rate" is in tuples.
+    value: the value.
+
+  Returns:
+    The tree.
+  """
+  first, _, rest = name.partition(".")
+  new = lambda old: put(old, rest, value) if rest else value  # noqa: E731
+  if isinstance(tree, tuple):
+    return tuple(new(old) if str(n) == first else old for n, old in enumerate(tree))
+  return {**tree, first: new(tree[first])}
 
 
 def assign_all(config: Config, entries: Mapping[str, Any]) -> None:

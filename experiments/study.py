@@ -7,6 +7,7 @@ which report.
 import itertools
 import json
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from absl import flags
 
 from mmjax import data, evaluate, metrics, train, types
 
-from . import build, interrupts, loop, processes, settings, workdir
+from . import build, interrupts, loop, processes, settings, together, workdir
 
 SCHEDULES = ("auto", "together", "processes")
 # the test conditions of a config; they hang on its mask alone
@@ -116,8 +117,10 @@ class Study:
   def check(self, conditions: Conditions) -> None:
     """Raises a `UsageError` on whatever cannot be trained or tested; writes nothing.
 
-    Every variant that has a run to train is traced.
+    Every variant that has a run to train is traced; the first of those that differ in numbers
+    alone.
     """
+    traced = set()
     folders = [variant.folder for variant in self.variants]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
       raise types.UsageError(f"{', '.join(sorted(twice))}: there is more than one of this name.")
@@ -127,15 +130,22 @@ class Study:
       for run, seed in zip(runs, self.seeds, strict=True):
         workdir.check(self.path(variant, seed), build.describe(run.config, self.data_dir))
       if not all(workdir.is_done(self.path(variant, seed)) for seed in self.seeds):
-        build.trace(runs[0])
+        if (shape := together.shape_of(runs[0])) not in traced:
+          build.trace(runs[0])
+        traced.add(shape)
 
-  def train(self, schedule: str, engine: processes.Engine) -> None:
+  def train(self, schedule: str, engine: processes.Engine, *, across: bool = False) -> None:
     """Trains every run that is not finished; after a signal it exits, and the same command goes on.
 
     Args:
       schedule: "processes": one for each run; "together": all seeds of a variant as one program,
         here; "auto": together on this machine's accelerators.
       engine: what trains the processes.
+      across: "together": variants that differ in numbers alone are one program, too.
+
+    Raises:
+      UsageError: if a run could not be trained as asked, after the others; NonFiniteLoss too, if
+        it trained together with nothing but its own seeds.
     """
     pairs = itertools.product(self.variants, self.seeds)
     left = [(v, seed) for v, seed in pairs if not workdir.is_done(self.path(v, seed))]
@@ -148,7 +158,7 @@ class Study:
     with interrupts.Watch(told) as watch:
       try:
         if schedule == "together":
-          self._train_together(left, watch)
+          self._train_together(left, engine, watch, across)
         else:
           self._train_in_processes(left, engine, watch)
       except interrupts.Interrupted:
@@ -165,18 +175,36 @@ class Study:
       trainings.append(processes.Training(name, path, run.config.train.epochs))
     processes.run(trainings, engine, watch)
 
-  def _train_together(self, left, watch) -> None:
-    for _, pairs in itertools.groupby(left, key=lambda pair: pair[0].folder):
-      pairs = list(pairs)
-      variant = pairs[0][0]
-      loop.execute_together(
-        [self.run(*pair) for pair in pairs],
-        [self.path(*pair) for pair in pairs],
-        self.data_dir,
-        self.root / variant.folder / "together",
-        should_stop=lambda: watch.signal is not None,
-      )
-      print(f"{variant.name}, seeds {[seed for _, seed in pairs]}", flush=True)
+  def _train_together(self, left, engine, watch, across) -> None:
+    if across:
+      numbers = together.Groups().of([self.run(*pair) for pair in left])
+      groups, failed = [[left[n] for n in ones] for ones in numbers], []
+    else:
+      groups = [list(ones) for _, ones in itertools.groupby(left, key=lambda pair: pair[0].folder)]
+      failed = []
+    for pairs in groups:
+      common = self.root / pairs[0][0].folder / "together"
+      names = ", ".join(dict.fromkeys(variant.name for variant, _ in pairs))
+      try:
+        loop.execute_together(
+          [self.run(*pair) for pair in pairs],
+          [self.path(*pair) for pair in pairs],
+          self.data_dir,
+          common,
+          should_stop=lambda: watch.signal is not None,
+        )
+      except train.NonFiniteLoss:
+        if not across:
+          raise
+        shutil.rmtree(common, ignore_errors=True)
+        try:  # one of them spoilt it: alone, each has the end that is its own
+          self._train_in_processes(pairs, engine, watch)
+        except types.UsageError as error:
+          failed.append(error)
+      else:
+        print(f"{names}, seeds {sorted({seed for _, seed in pairs})}", flush=True)
+    if failed:
+      raise failed[0]
 
   def evaluate(
     self, conditions: Conditions, mask_seeds: Sequence[int], *, swapped: bool = False

@@ -6,7 +6,7 @@ are in different programs, and so are runs whose configs differ in anything else
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,14 +18,23 @@ from . import build, settings
 
 
 def numbers_of(run: build.Run) -> dict[str, float | tuple[float, ...]]:
-  """The entries of a run's config that are numbers, or intervals: name -> value."""
+  """The parts of a run's config that are numbers, or intervals: name (`settings.put`) -> value."""
+  return {name: value for name, value in _leaves(settings.plain(run.config)) if _is_number(value)}
 
-  def is_number(value):
-    parts = value if isinstance(value, tuple) and value else (value,)
-    return all(isinstance(part, float) for part in parts)
 
-  found = settings.flatten(settings.plain(run.config))
-  return {name: value for name, value in found.items() if is_number(value)}
+def _is_number(value: Any) -> bool:
+  parts = value if isinstance(value, tuple) and value else (value,)
+  return all(isinstance(part, float) for part in parts)
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+  """Numbers, intervals and whatever else holds no other parts, by name."""
+  whole = not isinstance(tree, Mapping | tuple) or not tree or _is_number(tree)
+  if whole:
+    yield name, tree
+  else:
+    for key, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+      yield from _leaves(part, f"{name}.{key}" if name else str(key))
 
 
 def differing(runs: Sequence[build.Run]) -> list[str]:
@@ -44,47 +53,49 @@ class Groups:
   """Which runs can be one program; what was found out by tracing is kept."""
 
   def __init__(self):
-    self._traced: dict[tuple[str, str], bool] = {}
+    self._traced: dict[tuple[str, ...], bool] = {}
 
   def of(self, runs: Sequence[build.Run]) -> list[list[int]]:
     """The runs by their positions, those of each program together."""
     alike: dict[str, list[int]] = {}
     for n, run in enumerate(runs):
-      alike.setdefault(_shape(run), []).append(n)
+      alike.setdefault(shape_of(run), []).append(n)
     found: dict[tuple, list[int]] = {}
     for shape, numbers in alike.items():
-      names = differing([runs[n] for n in numbers])
-      fixed = [name for name in names if not self._can_trace(shape, runs[numbers[0]], name)]
+      names, run = differing([runs[n] for n in numbers]), runs[numbers[0]]
+      fixed = []
+      if names and not self._can_trace(shape, run, *names):  # mostly all can be, at the first try
+        fixed = [name for name in names if not self._can_trace(shape, run, name)]
       for n in numbers:
         own = numbers_of(runs[n])
         found.setdefault((shape, *(own[name] for name in fixed)), []).append(n)
     return list(found.values())
 
-  def _can_trace(self, shape: str, run: build.Run, name: str) -> bool:
-    if (shape, name) not in self._traced:
-      self._traced[shape, name] = can_trace(run, name)
-    return self._traced[shape, name]
+  def _can_trace(self, shape: str, run: build.Run, *names: str) -> bool:
+    if (shape, *names) not in self._traced:
+      self._traced[shape, *names] = can_trace(run, names)
+    return self._traced[shape, *names]
 
 
-def _shape(run: build.Run) -> str:
+def shape_of(run: build.Run) -> str:
   """What is the same in all runs of a program, as far as it can be seen without tracing."""
-  every = settings.flatten(settings.plain(run.config))
   numbers = numbers_of(run)
-  same = {k: v for k, v in every.items() if k not in numbers and k != "seed"}
+  every = _leaves(settings.plain(run.config))
+  same = {k: v for k, v in every if k not in numbers and k != "seed"}
   # an interval is no number, nor are two where there are three
   kinds = {name: np.shape(value) for name, value in numbers.items()}
   return json.dumps([same, kinds, train.outline(run.recipe)], sort_keys=True)
 
 
-def can_trace(run: build.Run, name: str) -> bool:
-  """Whether a number may be traced: whether a run of it starts, and has steps."""
+def can_trace(run: build.Run, names: Sequence[str]) -> bool:
+  """Whether numbers may be traced: whether a run of them starts, and has steps."""
   make, dataset = build.recipe_of(run), run.dataset
 
   def start(numbers):
     return train.start(make(numbers), dataset.train, dataset.spec, run.key)
 
   try:
-    jax.eval_shape(start, arrays(run, [name]))
+    jax.eval_shape(start, arrays(run, names))
   except (TypeError, ValueError):  # JAX's, of a branch, a shape or a conversion; or a refusal
     return False
   return True

@@ -1,5 +1,7 @@
 """The study of meta-sampling: what costs as much, what is tuned, read once, tested in pairs."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ from scipy import stats
 
 import toy
 from command import ROOT, call, refused
-from experiments import build, settings
+from experiments import build, child, loop, settings
 from experiments.studies import lines, meta_sampling, search, why
 from mmjax import data, meta, metrics, tables, train, types
 
@@ -85,6 +87,50 @@ def test_every_method_draws_as_many_trials_the_first_of_which_changes_nothing():
     assert len(factors) == 5 and all(0.25 <= factor <= 4 for factor in factors)
     for one in drawn:
       build.make_method(lines.changed(config_of(), {"method.name": method, **one}))
+
+
+def test_a_trial_costs_no_more_than_is_asked_for():
+  cheap = [search.draw("m3s", n, lambda one: one["method.inner_steps"] == 1) for n in range(1, 9)]
+  assert {one["method.inner_steps"] for one in cheap} == {1}
+  free = [search.draw("m3s", n) for n in range(1, 9)]
+  assert {one["method.inner_steps"] for one in free} == {1, 3, 5}
+  kept = [one for one in zip(cheap, free, strict=True) if one[1]["method.inner_steps"] == 1]
+  assert kept and all(one == other for one, other in kept)
+
+
+def test_trials_that_differ_in_numbers_are_one_program_which_one_of_them_cannot_spoil(
+  folder, monkeypatch
+):
+  programs, alone, real = [], [], loop.execute_together
+
+  def execute_together(runs, *args, **kwargs):
+    programs.append(len(runs))
+    real(runs, *args, **kwargs)
+
+  class Here:
+    """Trains in this process, at once."""
+
+    count = 1
+
+    def start(self, training):
+      alone.append(training.path.parent.name)
+      code, output = call("train", f"--workdir={training.path}")
+      return SimpleNamespace(poll=lambda: child.Ended(code, output, output), stop=None, kill=None)
+
+  monkeypatch.setattr(loop, "execute_together", execute_together)
+  drawn = {"orig": {"optimizer ×": 1e30}, "spl": {"optimizer ×": 0.5}}
+  monkeypatch.setattr(search, "SPACES", dict.fromkeys(drawn, {}))
+  monkeypatch.setattr(search, "draw", lambda method, n, _: drawn[method] if n else {})
+  config = settings.load(str(ROOT / "tests" / "toy_config.py"), "tiny")
+  settings.assign_all(
+    config, {"train.batch_size": 8, "train.epochs": 2, "method": {"name": "orig"}}
+  )
+  out = folder / "search"
+  found = search.search(config, 2, folder / "data", out, Here(), "together")
+  assert programs == [2, 2] and alone == ["orig-00", "orig-01"]
+  assert found["orig"]["trial"] == 0 and found["spl"]["changes"] in ({}, drawn["spl"])
+  scores = pd.read_csv(out / "trials.csv")["valid/mae"]
+  assert scores.isna().tolist() == [False, True, False, False]
 
 
 def test_the_test_split_is_read_once_unless_somebody_insists(tmp_path):

@@ -138,9 +138,12 @@ def test_what_cannot_be_traced_is_a_program_of_its_own(folder):
     run(train__batch_size=16),
     run(train__epochs=1),
     run(seed=5),
+    run(optimizer__groups=(("a", {"learning_rate": 0.1}),)),
+    run(optimizer__groups=(("a", {"learning_rate": 0.2}),)),
+    run(optimizer__groups=(("b", {"learning_rate": 0.2}),)),
   ]
-  assert together.Groups().of(tried) == [[0, 7], [1], [2, 3], [4], [5], [6]]
-  assert not together.can_trace(tried[1], "optimizer.weight_decay")
+  assert together.Groups().of(tried) == [[0, 7], [1], [2, 3], [4], [5], [6], [8, 9], [10]]
+  assert not together.can_trace(tried[1], ["optimizer.weight_decay"])
 
 
 @pytest.mark.parametrize(

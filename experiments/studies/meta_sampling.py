@@ -46,6 +46,13 @@ _LINES = flags.DEFINE_multi_string(
 _TRIALS = flags.DEFINE_integer(
   "trials", 12, "Trials of each method's search.", lower_bound=0, flag_values=_FLAGS
 )
+_GRADIENTS = flags.DEFINE_float(
+  "gradients",
+  float("inf"),
+  "The most that a step of a search's trial may cost, in gradients of a batch.",
+  lower_bound=2.0,
+  flag_values=_FLAGS,
+)
 _TUNED = flags.DEFINE_string(
   "tuned", "", "A tuned.json, instead of a search of its own.", flag_values=_FLAGS
 )
@@ -149,7 +156,7 @@ def optimum_rows(world, dataset, tested, mask_seeds, out) -> list[dict]:
 
 
 def seconds_of_a_step(run: build.Run, steps: int) -> float:
-  """Median seconds of an outer step of the last phase, on one device."""
+  """Least seconds of an outer step of the last phase, on one device: others may use it, too."""
   recipe, split = run.recipe._replace(mesh=None), run.dataset.train
   progress = train.start(recipe, split, run.dataset.spec, run.key)
   rows = min(recipe.batch_size, len(split.index)) * recipe.method.draws
@@ -160,7 +167,7 @@ def seconds_of_a_step(run: build.Run, steps: int) -> float:
     began = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch, run.key))
     took.append(time.perf_counter() - began)
-  return float(np.median(took[1:]))
+  return min(took[1:])
 
 
 def cost_rows(runs: study.Study, steps: int, out: pathlib.Path) -> list[dict]:
@@ -170,7 +177,10 @@ def cost_rows(runs: study.Study, steps: int, out: pathlib.Path) -> list[dict]:
   base = runs.variants[0].config.train.batch_size
   for variant in runs.variants:
     cost, name = lines.cost(variant.config), variant.columns["method"]
-    key = json.dumps(settings.plain(variant.config), sort_keys=True)
+    # lines that only train longer have the same step
+    parts = (variant.config[name] for name in ("model", "data", "mask", "method"))
+    step = [variant.config.train.batch_size, *map(settings.plain, parts)]
+    key = json.dumps(step, sort_keys=True)
     if key not in known and steps:
       known[key] = seconds_of_a_step(runs.run(variant, runs.seeds[0]), steps)
       workdir.write_atomically(path, json.dumps(known))
@@ -221,6 +231,7 @@ def _variant(line: lines.Line) -> study.Variant:
 def main():
   processes.cores_as_devices()
   engine, table = engines.make(_FLAGS), str(_TABLE.value)
+  schedule = str(_FLAGS["schedule"].value)
   out, data_dir = pathlib.Path(_OUT.value), pathlib.Path(_DATA_DIR.value)
   seeds, mask_seeds = (cli.seeds(f.name, f.value) for f in (_SEEDS, _MASK_SEEDS))
   config = cli.change(settings.load(_CONFIG.value), {}, cli.entries(_SET.value))
@@ -235,7 +246,9 @@ def main():
   if _TUNED.value:
     numbers = search.read(_TUNED.value)
   elif _TRIALS.value:
-    numbers = search.search(config, _TRIALS.value, data_dir, out / "search", engine)
+    numbers = search.search(
+      config, _TRIALS.value, data_dir, out / "search", engine, schedule, _GRADIENTS.value
+    )
   else:
     numbers = {}
   changes = {name: found["changes"] for name, found in numbers.items()}
@@ -248,7 +261,7 @@ def main():
   runs.check(conditions)
   if len(seeds) < FEW:
     cli.note(f"{len(seeds)} runs per line are few: tests say little below {FEW}.")
-  runs.train(str(_FLAGS["schedule"].value), engine)
+  runs.train(schedule, engine)
   metric = build.select(config, runs.dataset(runs.variants[0]).spec)[0].partition("/")[2]
   pairs = [(line.name, rival) for line in made for rival in line.rivals]
   report.costs(cost_rows(runs, _TIMED.value, out), out, f"{table}_cost")

@@ -73,8 +73,8 @@ def means(
 
 
 def costs(rows: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> pd.DataFrame:
-  """Writes what each line costs, `NAME.csv` and `NAME.md`."""
-  table = pd.DataFrame(rows)
+  """Writes what each line costs, `NAME.csv` and `NAME.md`; no seconds where none were timed."""
+  table = pd.DataFrame(rows).dropna(axis="columns", how="all")
   table.to_csv(out / f"{name}.csv", index=False)
   told = (
     "A gradient is one of B rows, the base's batch; a product with the Hessian counts as two, a"

@@ -1,10 +1,11 @@
 """Each method's own numbers, searched on validation: as many random trials for each method."""
 
+import functools
 import json
 import math
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,18 +39,28 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
 SEED = 1000  # of the trials' trainings: none of the study's own
 
 
-def draw(method: str, trial: int) -> dict[str, Any]:
-  """What a trial changes; the first one of each method nothing: the config's own numbers."""
+def draw(
+  method: str, trial: int, affordable: Callable[[dict[str, Any]], bool] = lambda changes: True
+) -> dict[str, Any]:
+  """What a trial changes; the first one of each method nothing: the config's own numbers.
+
+  Args:
+    method: whose numbers are drawn.
+    trial: its number.
+    affordable: whether changes may be tried; others are drawn again.
+  """
   if trial == 0:
     return {}
   random = np.random.default_rng([zlib.crc32(method.encode()), trial])
-  found = {}
-  for name, one in SPACES[method].items():
-    if isinstance(one, Log):
-      found[name] = round(math.exp(random.uniform(*np.log(one))), 4)
-    else:
-      found[name] = one[random.integers(len(one))]
-  return found
+  while True:
+    found = {}
+    for name, one in SPACES[method].items():
+      if isinstance(one, Log):
+        found[name] = round(math.exp(random.uniform(*np.log(one))), 4)
+      else:
+        found[name] = one[random.integers(len(one))]
+    if affordable(found):
+      return found
 
 
 def search(
@@ -58,6 +69,8 @@ def search(
   data_dir: build.Path,
   out: pathlib.Path,
   engine: processes.Engine,
+  schedule: str = "processes",
+  gradients: float = math.inf,
 ) -> dict[str, dict[str, Any]]:
   """Trains what is not trained yet, and writes `tuned.json` and `trials.csv` beside the trials.
 
@@ -69,6 +82,9 @@ def search(
     data_dir: folder of the datasets.
     out: the folder of the trials.
     engine: what trains them.
+    schedule: see `study.Study.train`; trials that differ in numbers alone are one program.
+    gradients: the most that a step of a trial may cost, in gradients of the base's batch; the
+      config's own numbers are tried in any case.
 
   Returns:
     By method the "changes" of its best trial, its "score" and number ("trial").
@@ -76,11 +92,25 @@ def search(
   Raises:
     UsageError: if no trial of a method came to its end.
   """
-  names = {method: range(trials) for method in SPACES}
-  tried = {(method, n): draw(method, n) for method, numbers in names.items() for n in numbers}
+
+  known = settings.flatten(settings.plain(config))
+  defaults = {name: value for name, value in lines.PLAIN.items() if name not in known}
+
+  def made_of(method, changes):
+    told = defaults if method == "m3s" else {}  # a default that is told is one program with others
+    return lines.changed(config, {"method.name": method, **told, **changes})
+
+  def is_affordable(method, changes):
+    return lines.cost(made_of(method, changes)).equivalent <= gradients * config.train.batch_size
+
+  tried = {
+    (method, n): draw(method, n, functools.partial(is_affordable, method))
+    for method in SPACES
+    for n in range(trials)
+  }
   variants = []
   for (method, n), changes in tried.items():
-    made = lines.changed(config, {"method.name": method, **changes})
+    made = made_of(method, changes)
     variants.append(study.Variant(f"trial {n} of {method}", made, {}, f"{method}-{n:02d}"))
   runs = study.Study(variants, [SEED], data_dir, out)
   runs.check(lambda config: [])
@@ -88,7 +118,7 @@ def search(
   metric = build.select(config, spec)[0]
   sign = 1 if metrics.info(metric.partition("/")[2]).better == "min" else -1
   try:
-    runs.train("processes", engine)
+    runs.train(schedule, engine, across=True)
   except types.UsageError as error:  # rates that blow up are what a search finds out
     cli.note(str(error))
   rows, found = [], {}
