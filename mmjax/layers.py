@@ -25,7 +25,7 @@ Array = types.Array
 def drawn(sample: Callable, key: types.PRNGKey, shape: Sequence[int]) -> Array:
   """The first of the numbers `sample(key, [n])`, for an n that many shapes share.
 
-  A program of every shape would take longer to compile than all else of a system's start. As Threefry
+  A program of every shape would take longer to compile than all else of a start. As Threefry
   tells a number by its place alone, they are the numbers of an array of that shape.
   """
   count = math.prod(shape)
