@@ -345,8 +345,8 @@ def test_settings_that_cannot_be_are_refused(settings):
 # --- the binaries
 
 
-def test_a_user_trains_and_tests_it(folder):
-  flags = (f"--data_dir={folder / 'data'}", "--config.model.hidden_size=2")
+def test_a_user_trains_and_tests_it(folder, tiny):
+  flags = (f"--data_dir={tiny}", "--config.model.hidden_size=2")
   more = ("--method=spl", "--config.train.epochs=2", "--config.train.batch_size=2")
   code, output = call(
     "train", "--config=gcnet:tiny", *flags, *more, f"--workdir={folder / 'gcnet'}"

@@ -186,6 +186,23 @@ def test_initialisers_have_pytorchs_ranges():
     np.testing.assert_allclose([largest, std], [bound, bound / math.sqrt(3)], rtol=0.2)
 
 
+@pytest.mark.parametrize("shape", [(3,), (4, 40), (17, 40, 3), (300, 301)])
+def test_drawn_parameters_are_those_of_an_array_of_their_shape(shape):
+  key = jax.random.key(7)
+  uniform = jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5)
+  np.testing.assert_array_equal(layers.uniform(0.5)(key, shape), uniform)
+  np.testing.assert_allclose(
+    layers.normal(0.5)(key, shape), 0.5 * jax.random.normal(key, shape), rtol=1e-6
+  )
+
+
+def test_shapes_share_the_programs_that_draw_parameters():
+  sizes = []
+  for count in range(1, 20000, 77):
+    assert layers.drawn(lambda _, n: sizes.append(n) or jnp.zeros(n), None, (count,)).size == count
+  assert sorted(set(sizes)) == [4**n for n in range(4, 9)]
+
+
 def test_reverse_gradient_is_the_identity_with_a_reversed_gradient():
   x = jnp.array([1.0, -2.0])
   np.testing.assert_array_equal(layers.reverse_gradient(x, 0.3), x)

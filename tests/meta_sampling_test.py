@@ -92,6 +92,8 @@ def test_every_method_draws_as_many_trials_the_first_of_which_changes_nothing():
 def test_a_trial_costs_no_more_than_is_asked_for():
   cheap = [search.draw("m3s", n, lambda one: one["method.inner_steps"] == 1) for n in range(1, 9)]
   assert {one["method.inner_steps"] for one in cheap} == {1}
+  with pytest.raises(types.UsageError, match="no setting of m3s .* --gradients"):
+    search.draw("m3s", 1, lambda one: False)
   free = [search.draw("m3s", n) for n in range(1, 9)]
   assert {one["method.inner_steps"] for one in free} == {1, 3, 5}
   kept = [one for one in zip(cheap, free, strict=True) if one[1]["method.inner_steps"] == 1]

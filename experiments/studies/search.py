@@ -36,6 +36,7 @@ SPACES: Mapping[str, Mapping[str, Any]] = {
     "method.tasks": (1, 2),
   },
 }
+DRAWS = 1000  # before a search gives up to find a setting that may be tried
 SEED = 1000  # of the trials' trainings: none of the study's own
 
 
@@ -48,11 +49,14 @@ def draw(
     method: whose numbers are drawn.
     trial: its number.
     affordable: whether changes may be tried; others are drawn again.
+
+  Raises:
+    UsageError: if none of many draws may be.
   """
   if trial == 0:
     return {}
   random = np.random.default_rng([zlib.crc32(method.encode()), trial])
-  while True:
+  for _ in range(DRAWS):
     found = {}
     for name, one in SPACES[method].items():
       if isinstance(one, Log):
@@ -61,6 +65,7 @@ def draw(
         found[name] = one[random.integers(len(one))]
     if affordable(found):
       return found
+  raise types.UsageError(f"no setting of {method} costs as little as --gradients allows; raise it.")
 
 
 def search(
