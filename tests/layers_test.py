@@ -200,7 +200,7 @@ def test_shapes_share_the_programs_that_draw_parameters():
   sizes = []
   for count in range(1, 20000, 77):
     assert layers.drawn(lambda _, n: sizes.append(n) or jnp.zeros(n), None, (count,)).size == count
-  assert sorted(set(sizes)) == [4**n for n in range(4, 9)]
+  assert sorted(set(sizes)) == [(4**n,) for n in range(4, 9)]
 
 
 def test_reverse_gradient_is_the_identity_with_a_reversed_gradient():
