@@ -314,7 +314,9 @@ def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   paths = [out / "trials" / f"{number:04d}" for number in range(2)]
   end = time.monotonic() + 300
   while not all(workdir.history(path) for path in paths):
-    assert all(worker.poll() is None for worker in workers) and time.monotonic() < end
+    for worker in workers:
+      assert worker.poll() is None, worker.communicate()[0]
+    assert time.monotonic() < end
     time.sleep(0.05)
   workers[0].kill()
   assert not any(workdir.is_done(path) for path in paths)
