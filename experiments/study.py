@@ -176,18 +176,20 @@ class Study:
     processes.run(trainings, engine, watch)
 
   def _train_together(self, left, engine, watch, across) -> None:
+    runs = [self.run(*pair) for pair in left]
     if across:
-      numbers = together.Groups().of([self.run(*pair) for pair in left])
-      groups, failed = [[left[n] for n in ones] for ones in numbers], []
+      groups = together.Groups().of(runs)
     else:
-      groups = [list(ones) for _, ones in itertools.groupby(left, key=lambda pair: pair[0].folder)]
-      failed = []
-    for pairs in groups:
+      by_folder = itertools.groupby(range(len(left)), key=lambda n: left[n][0].folder)
+      groups = [list(ones) for _, ones in by_folder]
+    failed = []
+    for ones in groups:
+      pairs = [left[n] for n in ones]
       common = self.root / pairs[0][0].folder / "together"
       names = ", ".join(dict.fromkeys(variant.name for variant, _ in pairs))
       try:
         loop.execute_together(
-          [self.run(*pair) for pair in pairs],
+          [runs[n] for n in ones],
           [self.path(*pair) for pair in pairs],
           self.data_dir,
           common,

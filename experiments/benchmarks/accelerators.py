@@ -389,8 +389,11 @@ def training_step(
   step = jax.value_and_grad(iteration, has_aux=True)
   if seeds == 1:
     return step, jax.eval_shape(lambda *a: a, *args)
-  stacked = functools.partial(jax.tree.map, lambda a: jnp.stack([a] * seeds))
-  return jax.vmap(step), jax.eval_shape(lambda *a: stacked(a), *args)
+  return jax.vmap(step), jax.eval_shape(lambda *a: _stacked(a, seeds), *args)
+
+
+def _stacked(args, seeds):
+  return jax.tree.map(lambda a: jnp.stack([a] * seeds), args)
 
 
 def measure(
@@ -469,7 +472,7 @@ def run(
   batch = cases.make_batch(setting, 2 * setting.rows)
   args: Any = (params, batch, key, extra)
   if seeds > 1:
-    args = jax.tree.map(lambda a: jnp.stack([a] * seeds), args)
+    args = _stacked(args, seeds)
   args = parallel.replicate(args, mesh)
   _, first_s = timed(compiled, *args)
   steps = [timed(compiled, *args)[1] for _ in range(max(3, min(100, int(2 / first_s))))]

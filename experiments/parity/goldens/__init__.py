@@ -189,21 +189,15 @@ def compare_accumulation(z: Arrays) -> Iterator[Row]:
     ("sgd", -1.0, "extra/accumulated_clipped_grad/"),  # from 0, a step of the sum itself
   ):
     recorded = {k: v for k, v in under(z, prefix).items() if k != "losses"}
+    if not recorded:
+      continue
     params: Any = {k: jnp.asarray(z[f"param/{k}"]) * float(name == "adam") for k in recorded}
     grads = {k: jnp.asarray(z[f"grad/{k}"]) for k in recorded}
     optimizer = optim.make(
       name=name, learning_rate=rate, clip_value=settings["grad_clip"], accumulate=2
     )
-
-    @jax.jit
-    def descend_twice(params, grads, optimizer=optimizer):
-      state = optimizer.init(params)
-      for _ in range(2):
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-      return params
-
-    params = descend_twice(params, grads)
+    # a loss with this gradient everywhere
+    params, _ = descend(lambda p, g=grads: optax.tree.vdot(p, g), optimizer, params, 2)
     for key, value in recorded.items():
       yield "extra", prefix.split("/")[1] + "/" + key, params[key], value
 
