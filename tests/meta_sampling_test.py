@@ -79,6 +79,9 @@ def test_every_variant_is_a_method_and_has_a_rival_that_costs_as_much(model):
 
 
 def test_every_method_draws_as_many_trials_the_first_of_which_changes_nothing():
+  """In the others, the outer rates are the same for all methods."""
+  outer = lambda method: [search.draw(method, n)["optimizer ×"] for n in range(1, 6)]  # noqa: E731
+  assert outer("orig") == outer("spl") == outer("m3s")
   for method, space in search.SPACES.items():
     drawn = [search.draw(method, n) for n in range(6)]
     assert drawn[0] == {} and drawn == [search.draw(method, n) for n in range(6)]

@@ -45,6 +45,8 @@ def draw(
 ) -> dict[str, Any]:
   """What a trial changes; the first one of each method nothing: the config's own numbers.
 
+  A trial has the same outer rates for all methods, so that none is ahead for those it drew.
+
   Args:
     method: whose numbers are drawn.
     trial: its number.
@@ -55,17 +57,23 @@ def draw(
   """
   if trial == 0:
     return {}
+  outer = _draw(OUTER, np.random.default_rng(trial))
+  own = {name: one for name, one in SPACES[method].items() if name not in OUTER}
   random = np.random.default_rng([zlib.crc32(method.encode()), trial])
   for _ in range(DRAWS):
-    found = {}
-    for name, one in SPACES[method].items():
-      if isinstance(one, Log):
-        found[name] = round(math.exp(random.uniform(*np.log(one))), 4)
-      else:
-        found[name] = one[random.integers(len(one))]
-    if affordable(found):
+    if affordable(found := {**outer, **_draw(own, random)}):
       return found
   raise types.UsageError(f"no setting of {method} costs as little as --gradients allows; raise it.")
+
+
+def _draw(space, random) -> dict[str, Any]:
+  found = {}
+  for name, one in space.items():
+    if isinstance(one, Log):
+      found[name] = round(math.exp(random.uniform(*np.log(one))), 4)
+    else:
+      found[name] = one[random.integers(len(one))]
+  return found
 
 
 def search(
