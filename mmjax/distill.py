@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import layers, types
+from mmjax import layers, systems, types
 
 Array = types.Array
 WIDTH = 3  # of the temporal convolutions
@@ -148,8 +148,9 @@ def init_critics(
 ) -> types.Params:
   """Parameters of a small network for each scale, {"scale_0": …}; it takes `inputs` [1, D]."""
   keys = jax.random.split(key, len(widths))
+  shape = lambda width: jax.ShapeDtypeStruct((1, width), jnp.float32)  # noqa: E731
   return {
-    f"scale_{n}": make(width).init(keys[n], *[jnp.zeros((1, width))] * inputs)["params"]
+    f"scale_{n}": systems.initial(make(width), keys[n], *[shape(width)] * inputs)["params"]
     for n, width in enumerate(widths)
   }
 

@@ -30,8 +30,8 @@ def drawn(sample: Callable, key: types.PRNGKey, shape: Sequence[int]) -> Array:
   """
   count = math.prod(shape)
   size = 1 << max(8, (count - 1).bit_length())
-  if size < 1 << 16 and size.bit_length() % 2 == 0:
-    size *= 2  # powers of 4, where twice as many cost nothing
+  if size < 1 << 20 and size.bit_length() % 2 == 0:
+    size *= 2  # powers of 4, where twice as many cost next to nothing
   return _first(sample(key, (size,)), tuple(shape))
 
 
@@ -40,12 +40,21 @@ def _first(numbers, shape):
   return numbers[: math.prod(shape)].reshape(shape)
 
 
-@functools.cache
 def normal(std: float) -> Callable:
   """N(0, std²)."""
-  # as one program: its operations one by one would round differently
-  sample = jax.jit(nn.initializers.normal(std), static_argnums=(1, 2))
-  return lambda key, shape, dtype=jnp.float32: drawn(lambda *a: sample(*a, dtype), key, shape)
+
+  def init(key, shape, dtype=jnp.float32):
+    scale = np.sqrt(2).astype(dtype) * np.asarray(std, dtype)
+    return drawn(lambda key, shape: _normal(key, scale, shape, dtype), key, shape)
+
+  return init
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _normal(key, scale, shape, dtype):
+  """`jax.random.normal`, scaled; one program for all deviations."""
+  uniform = jax.random.uniform(key, shape, dtype, np.nextafter(np.asarray(-1, dtype), 0), 1)
+  return jax.lax.erf_inv(uniform) * scale
 
 
 def uniform(bound: float) -> Callable:

@@ -39,7 +39,9 @@ from typing import Any, NamedTuple, Protocol
 import flax.core
 import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from mmjax import bert as bert_lib
 from mmjax import layers, parallel, registry, types
@@ -123,9 +125,8 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
       encoder.check(spec)
     outputs = (len(spec.problems), 2) if spec.problems else spec.num_classes or 1
     module = network.clone(num_outputs=outputs)
-    # of shapes, nothing is computed: neither run nor compiled
     example = jax.eval_shape(lambda: types.example_batch(spec))
-    variables = dict(module.lazy_init(key, example, **told(True)))
+    variables = initial(module, key, example, **told(True))
     params = variables.pop("params")
     if variables.keys() != set(collections):
       raise ValueError(f"the network has collections {[*variables]}, declared are {collections}.")
@@ -146,6 +147,38 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
     return out, {**extra, **changed}
 
   return Model(init, apply)
+
+
+def initial(module: nn.Module, key: types.PRNGKey, *shapes: Any, **told: Any) -> dict[str, Any]:
+  """A module's variables, of which nothing but what they depend on is compiled or run.
+
+  As `lazy_init`, which runs a program, often an empty one, for every operation with an argument
+  that it knows: most of the time that a start took.
+
+  Args:
+    module: a module.
+    key: of its parameters.
+    *shapes: its arguments, as trees of `jax.ShapeDtypeStruct`.
+    **told: arguments that are no arrays.
+
+  Returns:
+    Its collections, among them "params".
+
+  Raises:
+    ValueError: if one depends on values of the arguments.
+  """
+
+  def init(key, *args):
+    return dict(module.init(key, *args, **told))
+
+  traced, out = jax.make_jaxpr(init, return_shape=True)(key, *shapes)
+  needed = [True] * len(traced.jaxpr.outvars)
+  rest = len(traced.jaxpr.invars) - 1
+  jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, needed, instantiate=[True, *[False] * rest])
+  if len(jaxpr.invars) > 1:
+    raise ValueError(f"variables of {type(module).__name__} depend on values of its arguments.")
+  leaves = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, traced.consts))(key)
+  return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
 def in_precision(system: types.System, precision: str) -> types.System:

@@ -1,5 +1,6 @@
 """Fixtures that several test files share, and JAX's settings for all of them."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -19,6 +20,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Tracing makes many objects, hardly any of which is garbage; a tenth of the time went into looking.
+gc.set_threshold(100_000, 20, 100)
 
 # In the processes of tests and in this one alike: binaries would make a device of every core, which
 # changes the last bits of a training. And they find `experiments`, and `toy`.

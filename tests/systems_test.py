@@ -65,6 +65,23 @@ class Normed(nn.Module):
     return {"prediction": layers.prediction(layers.Dense(self.num_outputs, name="head")(x)), "x": x}
 
 
+class Scaled(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x * self.param("scale", lambda key: x.mean())
+
+
+def test_initial_variables_are_those_of_linen_and_depend_on_no_values():
+  spec, key = models_test.make_spec(False, 0), jax.random.key(3)
+  shapes = jax.eval_shape(lambda: types.example_batch(spec))
+  found = systems.initial(Normed(), key, shapes, train=True)
+  expected = Normed().lazy_init(key, shapes, train=True)
+  assert {"params", "batch_stats"} == found.keys()
+  jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
+  with pytest.raises(ValueError, match="Scaled depend on values"):
+    systems.initial(Scaled(), key, jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
 def test_collections_are_kept_in_extra_and_move_in_training_alone():
   def loss(out, batch, extra):
     return out["prediction"].mean(), types.Aux({}, {**extra, "steps": extra["steps"] + 1})
