@@ -70,8 +70,12 @@ def test_every_variant_is_a_method_and_has_a_rival_that_costs_as_much(model):
       assert line.rivals[0] == "SPL-TRN"
       assert costs[line.rivals[1]] == pytest.approx(costs[line.name], rel=0.02)
   by_name = {line.name: settings.plain(line.config.method) for line in found}
-  assert by_name["M3S"]["inner_steps"] == 1 and by_name["M3S, K = 5"]["inner_steps"] == 5
+  assert by_name["M3S, K = 1"]["inner_steps"] == 1 and by_name["M3S, K = 5"]["inner_steps"] == 5
   assert by_name["M3S, lighter support"]["support_rate"] == (0.2, 0.3)
+  tuned = {"m3s": {"method.inner_steps": 3, "optimizer ×": 2.0}, "spl": {"optimizer ×": 0.5}}
+  tables = [{line.name: line.config for line in t(config, tuned)} for t in lines.TABLES.values()]
+  for name in tables[0].keys() & tables[1].keys():  # their runs lie in one folder
+    assert tables[0][name] == tables[1][name], name
   kept = [line.name for line in lines.some(found, ["M3S, K = 3"])]
   assert kept == ["SPL-TRN", "SPL-TRN, epochs × 4", "M3S, K = 3"]
   with pytest.raises(types.UsageError, match="no line 'K'"):

@@ -22,6 +22,7 @@ def test_every_config_is_a_run_and_survives_json(name):
     again = settings.from_json(json.loads(json.dumps(settings.plain(config))))
     assert settings.plain(again) == settings.plain(config)
     assert config.data.name == dataset
+    assert (config.data.task == "classification") is (dataset in common.CLASSIFICATION)
 
 
 @pytest.mark.parametrize("name", settings.names())

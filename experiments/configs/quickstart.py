@@ -3,12 +3,12 @@
 python -m experiments.quickstart
 """
 
-from . import misa
+from . import common, misa
 
 
 def get_config(dataset: str = "synthetic"):
   config = misa.get_config("mosi")
-  config.data.name = dataset
+  config.data = common.get_config(dataset).data
   config.model.hidden_size = 32
   config.model.dropout = 0.1
   config.train.batch_size = 32

@@ -162,7 +162,7 @@ def variants(config: settings.Config, numbers: Mapping[str, Changes]) -> list[Li
     changes["harder support"] = {"method.support_rate": ((1 + low) / 2, (1 + high) / 2)}
   found = [
     ("SPL-TRN, 4 hard masks", changed(spl, {"method.hard_masks": 4})),
-    ("M3S", plain),
+    ("M3S, K = 1", plain),  # "M3S" is that of the other table, whose runs lie in the same folder
     *((f"M3S, {name}", changed(plain, change)) for name, change in changes.items()),
   ]
   equal = {f"{factor(spl, one):.3g}": matched("SPL-TRN", spl, one)[0] for _, one in found}
