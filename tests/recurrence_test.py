@@ -248,6 +248,37 @@ def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, case, monkeypatch):
   assert_close(found, expected)
 
 
+def draw_decoder(steps=19, length=7, rows=B):
+  """Arguments of `attend_and_decode`; nothing may be attended to in the last row."""
+  random = np.random.default_rng(3)
+  allowed = np.arange(length) < np.resize([length, 2, 1, 0], (rows, 1))
+  shapes = (steps, rows, 8 * H), (rows, length, H), (rows, length, H)
+  others = (rows, H), (H, H), (H, 1), (H, 8 * H)
+  given, states, keys, *others = (random.normal(size=shape) for shape in (*shapes, *others))
+  return given, states, keys, allowed, *others
+
+
+def of_decoder(allowed):
+  def loss(x, weights):
+    given, states, keys, state = x
+    state, context = recurrence.attend_and_decode(given, states, keys, allowed, state, *weights)
+    state, context = (a.astype(jnp.result_type(float)) for a in (state, context))
+    return jnp.sum(jnp.sin(3 * state)) + jnp.sum(jnp.cos(context))
+
+  return loss
+
+
+def test_a_decoder_of_kernels_equals_its_plain_scan(interpreted, monkeypatch):
+  *x, allowed, state, w_query, v, w_context = draw_decoder()
+  args = (*x, state), (w_query, v, w_context)
+  all_of = all_orders(of_decoder(allowed))
+  with jax.enable_x64(True):
+    expected = jax.jit(all_of)(*args)
+    monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
+    found = jax.jit(lambda *args: all_of(*args))(*args)
+  assert_close(found, expected)
+
+
 def test_a_kernel_takes_seeds_as_an_axis_and_batches_that_no_tile_divides(interpreted):
   x, valid, weights, *scales = draw(7, rows=19)
   loss = make_loss("both", valid, *scales)

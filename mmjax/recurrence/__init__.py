@@ -1,9 +1,10 @@
 """LSTM and GRU: a loop on a CPU (`scan`), one kernel on a GPU or TPU (`kernel`).
 
-Both keep the states alone and have a backward pass of their own. Which of them runs is decided as a
-program is compiled for a device (`jax.lax.platform_dependent`). A process that has no accelerator
-traces the loop alone, which takes less time, unless it is told that its programs are for others:
-`with portable():`. `with plain():` traces a plain scan instead, on every device, to compare.
+So is a decoder that attends (`attending`). All of them keep the states alone and have a backward
+pass of their own. Which of both runs is decided as a program is compiled for a device
+(`jax.lax.platform_dependent`). A process that has no accelerator traces the loop alone, which takes
+less time, unless it is told that its programs are for others: `with portable():`. `with plain():`
+traces a plain scan instead, on every device, to compare.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import parallel, types
-from mmjax.recurrence import kernel, scan
+from mmjax.recurrence import attending, kernel, scan
 
 Array = types.Array
 Weights = tuple[Array, Array, Array]
@@ -157,6 +158,63 @@ def _in_four(w_ih, w_hh, b_ih, b_hh):
   return jnp.block(w), jnp.concatenate([b_rz + c_rz, b_n, c_n])
 
 
+def attend_and_decode(
+  given: Array,
+  states: Array,
+  keys: Array,
+  allowed: Array | bool,
+  state: Array,
+  w_query: Array,
+  v: Array,
+  w_context: Array,
+) -> tuple[Array, Array]:
+  """Runs a decoder that attends to a source at each step; see `attending`.
+
+  Args:
+    given: [M, B, 8H], the gates i, f, g, o of both directions, but for what is found.
+    states: [B, L, H] of the source.
+    keys: [B, L, H], their share of the energies, v · tanh(keys + state @ w_query).
+    allowed: [B, L] bool, which of them may be attended to; True: all.
+    state: [B, H] to begin at.
+    w_query: [H, H].
+    v: [H, 1].
+    w_context: [H, 8H].
+
+  Returns:
+    The state after each step and what the step found in the source, [M, B, H] each.
+  """
+  chex.assert_rank([given, states, keys, state, w_query, v, w_context], [3, 3, 3, 2, 2, 2, 2])
+  fits = attending.fits(states.shape[1], state.shape[1])
+  if _PLAIN.get() or not (fits and _accelerated(state.shape[1], w_query.dtype)):
+    return attending.plain(given, states, keys, allowed, state, w_query, v, w_context)
+  allowed = jnp.broadcast_to(jnp.asarray(allowed), states.shape[:2])
+  run = parallel.by_rows(
+    functools.partial(attending.by_kernel, _decode),
+    in_axes=(1, 0, 0, 0, 0, None, None, None),
+    out_axes=(1, 1),
+    rows=len(state),
+  )
+  return run(given, states, keys, allowed, state, w_query, v, w_context)
+
+
+@jax.custom_vjp
+def _decode(*args):
+  """`attending.forward`."""
+  return _decode_fwd(*args)[0]
+
+
+def _decode_fwd(*args):
+  found = _by_platform(attending.forward, attending.forward, True, *args)
+  return found, (*args, found[0])
+
+
+def _decode_bwd(kept, cotangents):
+  return _by_platform(attending.backward, attending.backward, True, *kept, *cotangents)
+
+
+_decode.defvjp(_decode_fwd, _decode_bwd)
+
+
 def _alike(*arrays):
   """All in one dtype: features may be of half precision, the weights' own is computed in."""
   with jax.numpy_dtype_promotion("standard"):
@@ -192,7 +250,7 @@ def _side_by_side(x, valid, weights, cell):
     # the longest sequence, turned round, begins at once: chunks of padding alone cost nothing
     last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
     of_loop = lambda a: jnp.roll(a[::-1], last, 0)  # noqa: E731 - its own inverse
-    turn = functools.partial(_by_platform, of_loop, by_itself, weights[0][0])
+    turn = functools.partial(_by_platform, of_loop, by_itself, _of_kernel(weights[0][0]))
   both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
   w, bias = map(jnp.stack, zip(*weights, strict=True))
   states, final = _in_chunks(both, seen, w, bias, cell, False)
@@ -231,14 +289,19 @@ def _accelerated(hidden, dtype):
   return kernel.fits(hidden, dtype) and (_PORTABLE.get() or jax.default_backend() != "cpu")
 
 
+def _of_kernel(w):
+  """`_accelerated` for weights [..., 4H]."""
+  return _accelerated(w.shape[-1] // 4, w.dtype)
+
+
 def _scans(cell, dtype):
   """Whether the loop is `scan`'s: it knows LSTMs alone, and sums up in the dtype of the weights."""
   return cell is kernel.LSTM and dtype.itemsize >= 4
 
 
-def _by_platform(loop, kernel_of, w, *args):
-  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes weights [..., 4H]."""
-  if not _accelerated(w.shape[-1] // 4, w.dtype):
+def _by_platform(loop, kernel_of, accelerated, *args):
+  """`loop(*args)`; on accelerators, if there is a kernel, `kernel_of(*args, target=…)`."""
+  if not accelerated:
     return loop(*args)
   kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}
   return jax.lax.platform_dependent(*args, default=loop, **kernels)
@@ -254,7 +317,7 @@ def _chunked_fwd(x, valid, w, bias, cell, reverse):
   by_cell = functools.partial(kernel.forward, cell)
   loop = scan.forward if _scans(cell, w.dtype) else by_cell
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
-  *states, final = _by_platform(loop, of_kernel, w, x, valid, w, bias)
+  *states, final = _by_platform(loop, of_kernel, _of_kernel(w), x, valid, w, bias)
   return (states[0], final), (x, valid, w, bias, *states)
 
 
@@ -262,7 +325,7 @@ def _chunked_bwd(cell, reverse, kept, cotangents):
   by_cell = functools.partial(kernel.backward, cell)
   loop = scan.backward if _scans(cell, kept[2].dtype) else by_cell
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
-  d_x, d_w, d_bias = _by_platform(loop, of_kernel, kept[2], *kept, *cotangents)
+  d_x, d_w, d_bias = _by_platform(loop, of_kernel, _of_kernel(kept[2]), *kept, *cotangents)
   return d_x, None, d_w, d_bias
 
 
