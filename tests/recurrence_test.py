@@ -269,14 +269,33 @@ def of_decoder(allowed):
 
 
 def test_a_decoder_of_kernels_equals_its_plain_scan(interpreted, monkeypatch):
+  """For a TPU of two seeds at once, of which only some arguments differ."""
   *x, allowed, state, w_query, v, w_context = draw_decoder()
-  args = (*x, state), (w_query, v, w_context)
-  all_of = all_orders(of_decoder(allowed))
+  args, all_of = ((*x, state), (w_query, v, w_context)), all_orders(of_decoder(allowed))
+  if interpreted == "tpu":
+    seeds = w_query, np.stack([v, -v]), np.stack([w_context, w_context / 2])
+    args, all_of = (args[0], seeds), jax.vmap(all_of, (None, (None, 0, 0)))
   with jax.enable_x64(True):
     expected = jax.jit(all_of)(*args)
     monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
     found = jax.jit(lambda *args: all_of(*args))(*args)
   assert_close(found, expected)
+
+
+def test_a_decoder_of_halves_sums_up_in_float32(monkeypatch):
+  monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
+  with recurrence.portable():
+    *x, allowed, state, w_query, v, w_context = draw_decoder(rows=3)
+    args = (*x, state), (w_query, v, w_context)
+    halves = jax.tree.map(lambda a: jnp.asarray(a / 2, jnp.bfloat16), args)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), halves)
+    found = jax.jit(jax.grad(of_decoder(allowed), (0, 1)))(*halves)
+  with recurrence.plain():
+    expected = jax.jit(jax.grad(of_decoder(allowed), (0, 1)))(*exact)
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert ours.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(ours, np.float32) - theirs)
+    assert error < 0.02 * np.linalg.norm(theirs) + 1e-6
 
 
 def test_a_kernel_takes_seeds_as_an_axis_and_batches_that_no_tile_divides(interpreted):

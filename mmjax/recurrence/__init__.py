@@ -184,7 +184,7 @@ def attend_and_decode(
     The state after each step and what the step found in the source, [M, B, H] each.
   """
   chex.assert_rank([given, states, keys, state, w_query, v, w_context], [3, 3, 3, 2, 2, 2, 2])
-  fits = attending.fits(states.shape[1], state.shape[1])
+  fits = len(given) and attending.fits(states.shape[1], state.shape[1])
   if _PLAIN.get() or not (fits and _accelerated(state.shape[1], w_query.dtype)):
     return attending.plain(given, states, keys, allowed, state, w_query, v, w_context)
   allowed = jnp.broadcast_to(jnp.asarray(allowed), states.shape[:2])

@@ -13,13 +13,14 @@ by zeros H and the source's length to powers of two.
 import jax
 import jax.numpy as jnp
 
-from mmjax.recurrence.kernel import _columns, _times
+from mmjax.recurrence.kernel import columns, times
 from mmjax.recurrence.sweep import LEAST, Sweep, sweep
 
 Array = jax.Array
 
 MOST = 64 * 64  # of the source's length times H; each is held in registers for a tile of rows
 GATES = 6  # input, cell and output of both directions
+CHUNK = 16  # steps of a TPU's block
 UNSEEN = -1e30  # in place of the energy of a step that must not be attended to
 BEYOND = -2e30  # of one that does not exist
 
@@ -46,30 +47,28 @@ def plain(given, states, keys, allowed, state, w_query, v, w_context):
 
 
 def by_kernel(run, given, states, keys, allowed, state, w_query, v, w_context):
-  """As `plain`, by `run`, which computes what `forward` does, of padded arrays.
-
-  It sums up in float32 at least.
-  """
+  """As `plain`, by `run`, which computes what `forward` does; sums are in float32 at least."""
   steps, (batch, hidden) = given.shape[0], state.shape
   dtype = state.dtype if state.dtype.itemsize > 4 else jnp.float32
   more, longer = -batch % LEAST, _power(states.shape[1]) - states.shape[1]
 
   def without_forget(a):
-    a = a.reshape(*a.shape[:-1], 2, 4, hidden)[..., (0, 2, 3), :]
-    return _columns(a.reshape(*a.shape[:-3], GATES * hidden), GATES)
+    a = a.reshape(*a.shape[:-1], 2, 4 * hidden)
+    a = jnp.concatenate([a[..., :hidden], a[..., 2 * hidden :]], -1)
+    return columns(a.reshape(*a.shape[:-2], GATES * hidden), GATES)
 
   def rows(a, *others):  # [B, …], zeros in what is added
     return jnp.pad(a.astype(dtype), ((0, more), *others, *((0, 0),) * (a.ndim - 1 - len(others))))
 
   energy = jnp.where(jnp.broadcast_to(allowed, states.shape[:2]), 0.0, UNSEEN)
   energy = jnp.pad(rows(energy), ((0, 0), (0, longer)), constant_values=BEYOND)[..., None]
-  source = [_columns(rows(a, (0, longer)), 1) for a in (keys, states)]
+  source = [columns(rows(a, (0, longer)), 1) for a in (keys, states)]
   of_energy = jnp.broadcast_to(v[:, 0], state.shape)
-  of_energy, state = (_columns(rows(a), 1) for a in (of_energy, state))
+  of_energy, state = (columns(rows(a), 1) for a in (of_energy, state))
   given = without_forget(given).astype(dtype)
   given = jnp.pad(given, ((0, 0), (0, more), (0, 0)))
   below = (0, state.shape[-1] - hidden), (0, 0)
-  weights = [jnp.pad(a, below) for a in (_columns(w_query, 1), without_forget(w_context))]
+  weights = [jnp.pad(a, below) for a in (columns(w_query, 1), without_forget(w_context))]
   found = run(weights, given, state, [*source, energy, of_energy])
   return tuple(a[:steps, :batch, :hidden].astype(w_query.dtype) for a in found)
 
@@ -90,13 +89,13 @@ def step(weights, state, given, keys, states, energy, of_energy):
     of_energy: [B, H], the same in all rows.
   """
   (w_query,), w_context = weights
-  query = jnp.tanh(_times(state, w_query, 0)[:, None] + keys)
+  query = jnp.tanh(times(state, w_query, 0)[:, None] + keys)
   found = (query * of_energy[:, None]).sum(2, keepdims=True)
   energy = jnp.where(energy > UNSEEN / 2, found, energy)
   attention = jnp.exp(energy - jax.lax.stop_gradient(energy.max(1, keepdims=True)))
   attention = attention / attention.sum(1, keepdims=True)
   context = (attention * states).sum(1)
-  gates = [a + _times(context, w, 0) for a, w in zip(given, w_context, strict=True)]
+  gates = [a + times(context, w, 0) for a, w in zip(given, w_context, strict=True)]
   i, g, o = (gates[n::3] for n in range(3))
   ahead, back = (
     jax.nn.sigmoid(o[n]) * jnp.tanh(jax.nn.sigmoid(i[n]) * jnp.tanh(g[n])) for n in range(2)
@@ -132,7 +131,7 @@ def forward(weights, given, state, source, *, target="loop", interpret=False):
   Returns:
     The state after each step and what was found, [M, B, H] each.
   """
-  start = jnp.zeros((len(given), *state.shape), state.dtype).at[0].set(state)
+  start = jnp.pad(state[None], ((0, len(given) - 1), (0, 0), (0, 0)))
   found = _sweep(decoder_forward, 2, False, target, interpret, weights, [given, start], source)
   return tuple(jnp.split(found, 2, -1))
 
@@ -168,6 +167,3 @@ def _sweep(step, planes, turned, target, interpret, weights, inputs, source):
   how = Sweep(step, 1, ((planes, inputs[0].dtype),), (turned,), chunk, target, interpret)
   weights, source = ([a[None] for a in arrays] for arrays in (weights, source))
   return sweep(how, weights, inputs, source)[0][0, :steps]
-
-
-CHUNK = 16  # steps of a TPU's block

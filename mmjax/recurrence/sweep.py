@@ -8,6 +8,7 @@
   inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
              GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
              them lies in VMEM, and the next is fetched meanwhile.
+  rows       what every step reads of a row, [G, B, ...]; from cache on a GPU, in VMEM on a TPU.
 
 Triton takes products of at least 16 and powers of two: B must be divisible by 16, H a power of two
 from 16 on. A tile has 16 rows on a GPU, since tiles run side by side and none waits for another; on
