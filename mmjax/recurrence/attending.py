@@ -18,7 +18,7 @@ from mmjax.recurrence.sweep import LEAST, Sweep, sweep
 
 Array = jax.Array
 
-MOST = 64 * 64  # of the source's length times H; each is held in registers for a tile of rows
+LONGEST, WIDEST = 64, 32  # source and H: a tile of rows has all of it in registers, or in VMEM
 GATES = 6  # input, cell and output of both directions
 CHUNK = 16  # steps of a TPU's block
 UNSEEN = -1e30  # in place of the energy of a step that must not be attended to
@@ -27,7 +27,7 @@ BEYOND = -2e30  # of one that does not exist
 
 def fits(length: int, hidden: int) -> bool:
   """Whether there is a kernel for a source of that length and that H."""
-  return _power(length) * _power(hidden) <= MOST
+  return length <= LONGEST and hidden <= WIDEST
 
 
 def plain(given, states, keys, allowed, state, w_query, v, w_context):
