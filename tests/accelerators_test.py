@@ -149,3 +149,25 @@ def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target)
   three, kernels = compiled(seeds, *shapes(9, seeds=(3,)))
   assert kernels == 4
   assert three.kernels <= 1.2 * short.kernels
+
+
+def test_second_order_through_a_decoder_that_attends_is_four_kernels(target):
+  steps, rows, length, hidden = 49, 32, 50, 32
+  sizes = (steps, rows, 8 * hidden), (rows, length, hidden), (rows, length, hidden)
+  others = (rows, hidden), (hidden, hidden), (hidden, 1), (hidden, 8 * hidden)
+  given, states, keys, *others = (
+    jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*sizes, *others)
+  )
+
+  def second_order(*args):
+    def loss(given, states, keys, *others):
+      found = recurrence.attend_and_decode(given, states, keys, True, *others)
+      return sum(jnp.sum(jnp.sin(a)) for a in found)
+
+    return jax.jvp(jax.grad(loss, range(7)), args, args)
+
+  compiled, _ = accelerators.compile_for(target, second_order, given, states, keys, *others)
+  found = accelerators.count_launches(compiled.as_text())
+  assert found.loop_iterations == found.conditionals == 0
+  lines = compiled.as_text().splitlines()
+  assert sum("decoder_" in line and " custom-call(" in line for line in lines) == 4

@@ -405,6 +405,44 @@ def test_mixed_mode_is_exact_through_stopped_gradients_but_not_through_reversed_
     )
 
 
+@jax.custom_vjp
+def square(x):
+  """Its gradient is a loop of unknown length, which no one differentiates in reverse mode."""
+  return x * x
+
+
+def _square_backward(x, d):
+  steps = jnp.where(x.ravel()[0] > 1e9, 3, 2)
+  return (jax.lax.fori_loop(0, steps, lambda _, sum: sum + x * d, jnp.zeros_like(x)),)
+
+
+square.defvjp(lambda x: (x * x, x), _square_backward)
+
+
+@pytest.mark.parametrize("remat", ["steps", "none"])
+@pytest.mark.parametrize("trains", ["", "^a"])
+def test_mixed_mode_differentiates_no_gradient_in_reverse_mode(trains, remat):
+  """By no parameter, also of those that the inner steps leave alone."""
+  a, b = jax.random.normal(jax.random.key(1), (2, toy.SHAPES["text"][1], 3))
+  params = {"a": a, "b": b}
+
+  def meta_gradient(square, mode):
+    def loss(params, batch, key, extra):
+      del key
+      x = batch.text.x.mean(1)
+      hidden = square(x @ params["a"]) * jnp.tanh(square(x @ params["b"]))
+      return jnp.mean((hidden.sum(1) - batch.label) ** 2), types.Aux({}, extra)
+
+    settings = dict(inner_steps=2, inner_optimizer=optax.sgd(0.1), order="second")
+    outer = meta.m3s(loss, no_mask, mode=mode, inner_trains=trains, remat=remat, **settings)
+    return jax.grad(outer, has_aux=True)(params, toy.make_batch(8), jax.random.key(0), {})[0]
+
+  expected = meta_gradient(lambda x: x * x, "reverse")
+  chex.assert_trees_all_close(meta_gradient(square, "mixed"), expected, rtol=1e-4, atol=1e-6)
+  with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+    meta_gradient(square, "reverse")
+
+
 @pytest.mark.parametrize("order", meta.ORDERS)
 def test_only_the_second_order_differentiates_the_inner_loop(order):
   params, extra = toy.init(jax.random.key(0), toy.SPEC)

@@ -119,6 +119,7 @@ def test_it_equals_loops_written_out(plain):
       recurrence.lstm(x, valid, *weights[0], reverse=True),
       recurrence.bilstm(x, valid, *weights),
       [recurrence.gru(*rows, *of_gru), recurrence.gru(*rows, *of_gru, reverse=True)],
+      recurrence.bigru(*rows, of_gru, of_gru),
     )
 
   with jax.enable_x64(True), recurrence.plain() if plain else contextlib.nullcontext():
@@ -128,7 +129,7 @@ def test_it_equals_loops_written_out(plain):
     ahead,
     lstm_by_hand(x, valid, *weights[0], reverse=True),
     list(zip(ahead, back, strict=True)),
-    [gru_by_hand(*rows, *of_gru, reverse=reverse) for reverse in (False, True)],
+    *[[gru_by_hand(*rows, *of_gru, reverse=reverse) for reverse in (False, True)]] * 2,
   )
   assert_close(found, expected)
 
@@ -220,16 +221,23 @@ def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(case, interpret
 
 
 @pytest.mark.parametrize(
-  ("interpreted", "reverse"), [("cuda", True), ("tpu", False)], indirect=["interpreted"]
+  ("interpreted", "case"),
+  [("cuda", "backward"), ("tpu", "forward"), ("cuda", "both"), ("tpu", "both")],
+  indirect=["interpreted"],
 )
-def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, reverse, monkeypatch):
+def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, case, monkeypatch):
   x, valid, _, of_outputs, _ = draw(13, 9)
   random = np.random.default_rng(1)
   shapes = (D, 3 * H), (H, 3 * H), (3 * H,), (3 * H,)
-  weights = tuple(random.normal(size=shape) * 0.5 for shape in shapes)
+  weights = [tuple(random.normal(size=shape) * 0.5 for shape in shapes) for _ in range(2)]
 
   def loss(x, weights):
-    outputs = recurrence.gru(x.swapaxes(0, 1), valid.T, *weights, reverse=reverse)
+    rows = x.swapaxes(0, 1), valid.T
+    if case == "both":
+      ahead, back = recurrence.bigru(*rows, *weights)
+      outputs = ahead + jnp.cos(back)
+    else:
+      outputs = recurrence.gru(*rows, *weights[0], reverse=case == "backward")
     return jnp.sum(jnp.sin(outputs) * of_outputs.swapaxes(0, 1))
 
   all_of = all_orders(loss)
@@ -238,6 +246,56 @@ def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, reverse, monkeypatc
     monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
     found = jax.jit(lambda *args: all_of(*args))(x, weights)
   assert_close(found, expected)
+
+
+def draw_decoder(steps=19, length=7, rows=B):
+  """Arguments of `attend_and_decode`; nothing may be attended to in the last row."""
+  random = np.random.default_rng(3)
+  allowed = np.arange(length) < np.resize([length, 2, 1, 0], (rows, 1))
+  shapes = (steps, rows, 8 * H), (rows, length, H), (rows, length, H)
+  others = (rows, H), (H, H), (H, 1), (H, 8 * H)
+  given, states, keys, *others = (random.normal(size=shape) for shape in (*shapes, *others))
+  return given, states, keys, allowed, *others
+
+
+def of_decoder(allowed):
+  def loss(x, weights):
+    given, states, keys, state = x
+    state, context = recurrence.attend_and_decode(given, states, keys, allowed, state, *weights)
+    state, context = (a.astype(jnp.result_type(float)) for a in (state, context))
+    return jnp.sum(jnp.sin(3 * state)) + jnp.sum(jnp.cos(context))
+
+  return loss
+
+
+def test_a_decoder_of_kernels_equals_its_plain_scan(interpreted, monkeypatch):
+  """For a TPU of two seeds at once, of which only some arguments differ."""
+  *x, allowed, state, w_query, v, w_context = draw_decoder()
+  args, all_of = ((*x, state), (w_query, v, w_context)), all_orders(of_decoder(allowed))
+  if interpreted == "tpu":
+    seeds = w_query, np.stack([v, -v]), np.stack([w_context, w_context / 2])
+    args, all_of = (args[0], seeds), jax.vmap(all_of, (None, (None, 0, 0)))
+  with jax.enable_x64(True):
+    expected = jax.jit(all_of)(*args)
+    monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
+    found = jax.jit(lambda *args: all_of(*args))(*args)
+  assert_close(found, expected)
+
+
+def test_a_decoder_of_halves_sums_up_in_float32(monkeypatch):
+  monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
+  with recurrence.portable():
+    *x, allowed, state, w_query, v, w_context = draw_decoder(rows=3)
+    args = (*x, state), (w_query, v, w_context)
+    halves = jax.tree.map(lambda a: jnp.asarray(a / 2, jnp.bfloat16), args)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), halves)
+    found = jax.jit(jax.grad(of_decoder(allowed), (0, 1)))(*halves)
+  with recurrence.plain():
+    expected = jax.jit(jax.grad(of_decoder(allowed), (0, 1)))(*exact)
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert ours.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(ours, np.float32) - theirs)
+    assert error < 0.02 * np.linalg.norm(theirs) + 1e-6
 
 
 def test_a_kernel_takes_seeds_as_an_axis_and_batches_that_no_tile_divides(interpreted):

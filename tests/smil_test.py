@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import toy
-from mmjax import masking, models, optim, sources, types
+from mmjax import masking, meta, models, optim, sources, types
 from mmjax.models import smil
 
 SETTINGS = dict(sizes=(2, 3, 2), hidden_size=3, encoder="mean", complete_share=0.5, inner_rate=0.1)
@@ -131,6 +132,20 @@ def test_inner_steps_move_theta_by_a_rate_that_decays():
   assert moved(head, params) == {
     f"fusion/{n}/{p}" for n in ("fc1", "fc2") for p in ("kernel", "bias")
   }
+
+
+@pytest.mark.parametrize("settings", [dict(inner_steps=2), dict(variant="paper", inner="head")])
+def test_gradients_through_the_inner_steps_are_exact(settings, monkeypatch):
+  """Forward over reverse gives what reverse over reverse does, by θ and by ψ."""
+  settings = {**settings, "centres": 2, "encoder": "lstm"}
+  _, params, extra, step = learnt(**settings)
+  found = step(params, BATCH, extra)[1]
+  adapt = meta.adapt
+  monkeypatch.setattr(meta, "adapt", lambda *a, **kw: adapt(*a, **{**kw, "mode": "reverse"}))
+  expected = learnt.__wrapped__(**settings)[3](params, BATCH, extra)[1]
+  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+  held = learnt(**settings, order="first")[3](params, BATCH, extra)[1]
+  assert len(moved(found, held)) > 1
 
 
 def test_the_outer_loss_is_that_of_complete_samples_with_something_hidden():

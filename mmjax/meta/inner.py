@@ -117,20 +117,23 @@ def adapt(
 
   # the first order computes θ* from constants and derives it by hand, below
   held = jax.lax.stop_gradient if order == "first" else lambda tree: tree
+  kept = held(constant)
 
-  def objective(trained, step_keys):
+  def objective(trained, constant, step_keys):
     mask_key, loss_key = step_keys
     seen = mask(mask_key, support) if fresh_masks else support
-    return loss(optim.merge(trained, held(constant)), seen, loss_key, extra)[0]
+    return loss(optim.merge(trained, constant), seen, loss_key, extra)[0]
 
-  gradient = jax.value_and_grad(objective)
-  if mode == "mixed":
+  if mode == "mixed" and order == "second":
+    gradient = jax.value_and_grad(objective, argnums=(0, 1))
     gradient = _symmetric(gradient, linearize=remat != "steps")
+  else:
+    gradient = jax.value_and_grad(objective)
 
   def step(carry, step_keys):
     params, state = carry
-    value, grads = gradient(params, step_keys)
-    value_fn = lambda params: objective(params, step_keys)  # noqa: E731
+    value, grads = gradient(params, kept, step_keys)
+    value_fn = lambda params: objective(params, kept, step_keys)  # noqa: E731
     updates, state = optimizer.update(
       grads, state, params, value=value, grad=grads, value_fn=value_fn
     )
@@ -167,59 +170,66 @@ def _policy(remat):
 
 
 def _symmetric(gradient, linearize):
-  """`(params, keys) -> (value, grads)`, whose vjp by params is a jvp of the gradient.
+  """Takes the vjp of a gradient, by the parameters, to be a jvp of it.
 
   The mixed mode of Kemaev et al. 2025 (arXiv 2505.00793): forward over reverse needs no more
   memory than a gradient. All else that the gradient reads, keys and what it closes over, gets
   its cotangents by reverse mode, and only where they are asked for.
 
   Args:
-    gradient: the function.
+    gradient: (trained, constant, keys) -> value, (gradient by trained, by constant).
     linearize: whether the jvp's linearization is kept from the forward pass.
 
   Returns:
-    A function with the signature of `gradient`.
+    A function of the same arguments -> value, gradient by trained. Row and column of a Hessian are
+    one: its derivative by constant is the jvp, along trained, of the gradient by constant.
   """
 
-  def symmetric(params, keys):
+  def symmetric(trained, constant, keys):
     # closed-over arrays become arguments: a custom_vjp must see all that it is differentiated by
-    jaxpr, shapes = jax.make_jaxpr(gradient, return_shape=True)(params, keys)
+    jaxpr, shapes = jax.make_jaxpr(gradient, return_shape=True)(trained, constant, keys)
 
-    def pure(params, rest):
+    def of_all(trained, constant, rest):
       keys, consts = rest
-      found = core.eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves((params, keys)))
+      found = core.eval_jaxpr(jaxpr.jaxpr, consts, *jax.tree.leaves((trained, constant, keys)))
       return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
-    def forward(params, rest):
-      params = jax.tree.map(lambda a: a.value, params)
+    def pure(trained, constant, rest):
+      value, (grads, _) = of_all(trained, constant, rest)
+      return value, grads
+
+    def forward(trained, constant, rest):
+      trained, constant = jax.tree.map(lambda a: a.value, (trained, constant))
       asked = jax.tree.map(lambda a: a.value if a.perturbed else None, rest)
       others = jax.tree.map(lambda a: None if a.perturbed else a.value, rest)
-      of_params = lambda p: pure(p, optim.merge(asked, others))  # noqa: E731
+      params, linear = (trained, constant), None
       if linearize:
-        (value, grads), push = jax.linearize(of_params, params)
-        return (value, grads), (params, asked, others, (grads, push))
-      return of_params(params), (params, asked, others, None)
+        along = lambda trained: of_all(trained, constant, optim.merge(asked, others))  # noqa: E731
+        (value, every), push = jax.linearize(along, trained)
+        grads, linear = every[0], (every, push)
+      else:
+        value, grads = pure(trained, constant, optim.merge(asked, others))
+      return (value, grads), (params, asked, others, linear)
 
     def backward(kept, cotangents):
-      params, asked, others, linear = kept
-      d_value, d_grads = jax.tree.map(_or_zeros, cotangents, shapes)
+      (trained, constant), asked, others, linear = kept
+      d_value, d_grads = jax.tree.map(_or_zeros, cotangents, (shapes[0], shapes[1][0]))
       if linear is None:
-        (_, grads), (_, d_params) = jax.jvp(
-          lambda p: pure(p, optim.merge(asked, others)), (params,), (d_grads,)
-        )
+        along = lambda trained: of_all(trained, constant, optim.merge(asked, others))  # noqa: E731
+        (_, grads), (_, d_params) = jax.jvp(along, (trained,), (d_grads,))
       else:
         grads, push = linear
         d_params = push(d_grads)[1]
       if not isinstance(cotangents[0], SymbolicZero):  # an optimizer reads the value
         d_params = jax.tree.map(lambda d, g: d + d_value * g, d_params, grads)
       if jax.tree.leaves(asked):
-        _, pull = jax.vjp(lambda asked: pure(params, optim.merge(asked, others)), asked)
+        _, pull = jax.vjp(lambda asked: pure(trained, constant, optim.merge(asked, others)), asked)
         (asked,) = pull((d_value, d_grads))
-      return d_params, asked
+      return *d_params, asked
 
     function = jax.custom_vjp(pure)
     function.defvjp(forward, backward, symbolic_zeros=True)
-    value, grads = function(params, (keys, jaxpr.consts))
+    value, grads = function(trained, constant, (keys, jaxpr.consts))
     return value, checkpoint_name(grads, _GRADS)
 
   return symmetric

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import bert as bert_lib
-from mmjax import layers, losses, masking, systems, torch_import, types
+from mmjax import layers, losses, masking, recurrence, systems, torch_import, types
 
 Array = types.Array
 AXES = ("time", "batch")
@@ -71,20 +71,17 @@ class Decoder(nn.Module):
     # what does not change from step to step comes before the loop: [M - 1, B, 8H], both directions
     given = jnp.swapaxes(target[:, :-1], 0, 1) @ jnp.concatenate([w[:width] for w in weights], -1)
     given = given + jnp.concatenate(biases)[None, None]
-    of_context = jnp.concatenate([w[width:] for w in weights], -1)
-    keys = states @ kernel[size:]
-    allowed = True if valid is None else valid
-
-    def step(state, given):
-      energy = (jnp.tanh((state @ kernel[:size])[:, None] + keys) @ v)[..., 0]
-      energy = jnp.where(allowed, energy, jnp.finfo(energy.dtype).min)
-      context = jnp.einsum("bl,blh->bh", jax.nn.softmax(energy, -1), states)
-      gates = (given + context @ of_context).reshape(-1, 2, 4, size)
-      i, _, g, o = (gates[:, :, n] for n in range(4))
-      state = (jax.nn.sigmoid(o) * jnp.tanh(jax.nn.sigmoid(i) * jnp.tanh(g))).sum(1)
-      return state, jnp.concatenate([state, context], -1)
-
-    _, found = jax.lax.scan(step, state, given)
+    found = recurrence.attend_and_decode(
+      given,
+      states,
+      states @ kernel[size:],
+      True if valid is None else valid,
+      state,
+      kernel[:size],
+      v,
+      jnp.concatenate([w[width:] for w in weights], -1),
+    )
+    found = jnp.concatenate(found, -1)
     out = layers.Dense(width, name="fc_out")(jnp.swapaxes(found, 0, 1))
     return jnp.pad(out, ((0, 0), (1, 0), (0, 0)))
 

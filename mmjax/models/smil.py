@@ -359,6 +359,7 @@ class Learner(NamedTuple):
       unused, keys = jnp.zeros(stop - start), keys_of(slice(start, stop))
       keys: Any = meta.MetaKeys(unused, keys, unused, unused)  # pyright: ignore[reportArgumentType]
       settings: Any = dict(optimizer=sgd, order=self.order, inner_trains=THETA + INNER[self.inner])
+      settings["mode"] = "mixed"  # no gradient is reversed; recurrences stay single kernels
       mask = lambda key, batch: batch  # noqa: E731
       return meta.adapt(inner, mask, params, batch, keys, extra, **settings)[0]
 

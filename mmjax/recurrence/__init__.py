@@ -1,9 +1,10 @@
 """LSTM and GRU: a loop on a CPU (`scan`), one kernel on a GPU or TPU (`kernel`).
 
-Both keep the states alone and have a backward pass of their own. Which of them runs is decided as a
-program is compiled for a device (`jax.lax.platform_dependent`). A process that has no accelerator
-traces the loop alone, which takes less time, unless it is told that its programs are for others:
-`with portable():`. `with plain():` traces a plain scan instead, on every device, to compare.
+So is a decoder that attends (`attending`). All of them keep the states alone and have a backward
+pass of their own. Which of both runs is decided as a program is compiled for a device
+(`jax.lax.platform_dependent`). A process that has no accelerator traces the loop alone, which takes
+less time, unless it is told that its programs are for others: `with portable():`. `with plain():`
+traces a plain scan instead, on every device, to compare.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import parallel, types
-from mmjax.recurrence import kernel, scan
+from mmjax.recurrence import attending, kernel, scan
 
 Array = types.Array
 Weights = tuple[Array, Array, Array]
@@ -87,21 +88,8 @@ def bilstm(
     )
     return (ahead, back), (last, first)
   x, *weights = _alike(x, *forward, *backward)
-  forward, backward = tuple(weights[:3]), tuple(weights[3:])
-  # the longest sequence, turned round, begins at once: chunks of padding alone cost a loop nothing
-  last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
-  by_itself = lambda a, **_: a  # noqa: E731 - kernels turn round
-  turn = functools.partial(  # its own inverse
-    _by_platform,
-    (lambda a: jnp.roll(a[::-1], last, 0)) if _scans(kernel.LSTM, x.dtype) else by_itself,
-    by_itself,
-    forward[1],
-  )
-  both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
-  weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
-  states, final = _run(both, seen, weights, False)
-  ahead, back = (jnp.where(valid[:, :, None], s, 0) for s in (states[:, 0], turn(states[:, 1])))
-  return (ahead, back), (final[0], final[1])
+  both = [(_joined(w_ih, w_hh), bias) for w_ih, w_hh, bias in (weights[:3], weights[3:])]
+  return _side_by_side(x, valid, both, kernel.LSTM)
 
 
 def gru(
@@ -129,18 +117,102 @@ def gru(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
   chex.assert_shape(valid, x.shape[:2])
-  scans = w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.shape[0], w_hh.dtype)
-  if _PLAIN.get() or scans:
+  if _gru_scans(w_hh):
     return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
-  # r, z, and the two parts of n: the state's is multiplied by r
+  steps, seen = x.swapaxes(0, 1).astype(w_hh.dtype), valid.T[:, :, None]
+  states, _ = _in_chunks(steps, seen, *_in_four(w_ih, w_hh, b_ih, b_hh), kernel.GRU, reverse)
+  return jnp.where(seen, states, 0).swapaxes(0, 1)
+
+
+def bigru(
+  x: Array, valid: Array, forward: tuple[Array, ...], backward: tuple[Array, ...]
+) -> tuple[Array, Array]:
+  """Runs a GRU in each direction: on accelerators by one kernel, else one after the other.
+
+  Args:
+    x: [B, L, D].
+    valid: [B, L] bool.
+    forward, backward: (w_ih, w_hh, b_ih, b_hh) of each direction, see `gru`.
+
+  Returns:
+    Outputs (forward, backward), [B, L, H] each.
+  """
+  if _gru_scans(forward[1]):
+    return gru(x, valid, *forward), gru(x, valid, *backward, reverse=True)
+  steps, both = x.swapaxes(0, 1).astype(forward[1].dtype), [_in_four(*forward), _in_four(*backward)]
+  (ahead, back), _ = _side_by_side(steps, valid.T, both, kernel.GRU)
+  return ahead.swapaxes(0, 1), back.swapaxes(0, 1)
+
+
+def _gru_scans(w_hh):
+  """Whether a GRU is a plain scan, which JAX differentiates."""
+  return _PLAIN.get() or (w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.shape[0], w_hh.dtype))
+
+
+def _in_four(w_ih, w_hh, b_ih, b_hh):
+  """[D + H, 4H] and [4H] of a GRU: r, z, and the two parts of n, whose second r multiplies."""
   (w_rz, w_n), (u_rz, u_n), (b_rz, b_n), (c_rz, c_n) = (
     jnp.split(a, [2 * w_hh.shape[0]], -1) for a in (w_ih, w_hh, b_ih, b_hh)
   )
   w = [[w_rz, w_n, jnp.zeros_like(w_n)], [u_rz, jnp.zeros_like(u_n), u_n]]
-  bias = jnp.concatenate([b_rz + c_rz, b_n, c_n])
-  steps, seen = x.swapaxes(0, 1), valid.T[:, :, None]
-  states, _ = _in_chunks(steps.astype(w_hh.dtype), seen, jnp.block(w), bias, kernel.GRU, reverse)
-  return jnp.where(seen, states, 0).swapaxes(0, 1)
+  return jnp.block(w), jnp.concatenate([b_rz + c_rz, b_n, c_n])
+
+
+def attend_and_decode(
+  given: Array,
+  states: Array,
+  keys: Array,
+  allowed: Array | bool,
+  state: Array,
+  w_query: Array,
+  v: Array,
+  w_context: Array,
+) -> tuple[Array, Array]:
+  """Runs a decoder that attends to a source at each step; see `attending`.
+
+  Args:
+    given: [M, B, 8H], the gates i, f, g, o of both directions, but for what is found.
+    states: [B, L, H] of the source.
+    keys: [B, L, H], their share of the energies, v · tanh(keys + state @ w_query).
+    allowed: [B, L] bool, which of them may be attended to; True: all.
+    state: [B, H] to begin at.
+    w_query: [H, H].
+    v: [H, 1].
+    w_context: [H, 8H].
+
+  Returns:
+    The state after each step and what the step found in the source, [M, B, H] each.
+  """
+  chex.assert_rank([given, states, keys, state, w_query, v, w_context], [3, 3, 3, 2, 2, 2, 2])
+  fits = len(given) and attending.fits(states.shape[1], state.shape[1])
+  if _PLAIN.get() or not (fits and _accelerated(state.shape[1], w_query.dtype)):
+    return attending.plain(given, states, keys, allowed, state, w_query, v, w_context)
+  allowed = jnp.broadcast_to(jnp.asarray(allowed), states.shape[:2])
+  run = parallel.by_rows(
+    functools.partial(attending.by_kernel, _decode),
+    in_axes=(1, 0, 0, 0, 0, None, None, None),
+    out_axes=(1, 1),
+    rows=len(state),
+  )
+  return run(given, states, keys, allowed, state, w_query, v, w_context)
+
+
+@jax.custom_vjp
+def _decode(*args):
+  """`attending.forward`."""
+  return _decode_fwd(*args)[0]
+
+
+def _decode_fwd(*args):
+  found = _by_platform(attending.forward, attending.forward, True, *args)
+  return found, (*args, found[0])
+
+
+def _decode_bwd(kept, cotangents):
+  return _by_platform(attending.backward, attending.backward, True, *kept, *cotangents)
+
+
+_decode.defvjp(_decode_fwd, _decode_bwd)
 
 
 def _alike(*arrays):
@@ -151,18 +223,39 @@ def _alike(*arrays):
 
 
 def _run(x, valid, weights, reverse):
-  """h after each step and the final h.
-
-  Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
-  weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
-  """
+  """An LSTM, x [L, B, D] and valid [L, B, 1] -> h after each step and the final h."""
   w_ih, w_hh, bias = weights
-  # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
-  # code of gates that are sliced out of a large array (three times as slow on a CPU)
-  w = jnp.concatenate([w_ih, w_hh], -2)
+  w = _joined(w_ih, w_hh)
   if _PLAIN.get():
     return scan.plain(x, valid, w, bias, reverse)
   return _in_chunks(x, valid, w, bias, kernel.LSTM, reverse)
+
+
+def _joined(w_ih, w_hh):
+  """[D + H, 4H]: one product a step, [x, h] @ w, not two.
+
+  Nor x @ w_ih for all steps at once: XLA makes slow code of gates that are sliced out of a large
+  array (three times as slow on a CPU).
+  """
+  return jnp.concatenate([w_ih, w_hh], -2)
+
+
+def _side_by_side(x, valid, weights, cell):
+  """Two recurrences, the second from the last step to the first: outputs and final states of both.
+
+  x [L, B, D], valid [L, B], weights [(w [D + H, 4H], bias [4H])] of both.
+  """
+  turn = by_itself = lambda a, **_: a  # kernels turn round
+  if _scans(cell, x.dtype):
+    # the longest sequence, turned round, begins at once: chunks of padding alone cost nothing
+    last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
+    of_loop = lambda a: jnp.roll(a[::-1], last, 0)  # noqa: E731 - its own inverse
+    turn = functools.partial(_by_platform, of_loop, by_itself, _of_kernel(weights[0][0]))
+  both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
+  w, bias = map(jnp.stack, zip(*weights, strict=True))
+  states, final = _in_chunks(both, seen, w, bias, cell, False)
+  ahead, back = (jnp.where(valid[:, :, None], s, 0) for s in (states[:, 0], turn(states[:, 1])))
+  return (ahead, back), (final[0], final[1])
 
 
 def _in_chunks(x, valid, w, bias, cell, reverse):
@@ -196,14 +289,19 @@ def _accelerated(hidden, dtype):
   return kernel.fits(hidden, dtype) and (_PORTABLE.get() or jax.default_backend() != "cpu")
 
 
+def _of_kernel(w):
+  """`_accelerated` for weights [..., 4H]."""
+  return _accelerated(w.shape[-1] // 4, w.dtype)
+
+
 def _scans(cell, dtype):
   """Whether the loop is `scan`'s: it knows LSTMs alone, and sums up in the dtype of the weights."""
   return cell is kernel.LSTM and dtype.itemsize >= 4
 
 
-def _by_platform(loop, kernel_of, w, *args):
-  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, if it takes weights [..., 4H]."""
-  if not _accelerated(w.shape[-1] // 4, w.dtype):
+def _by_platform(loop, kernel_of, accelerated, *args):
+  """`loop(*args)`; on accelerators, if there is a kernel, `kernel_of(*args, target=…)`."""
+  if not accelerated:
     return loop(*args)
   kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}
   return jax.lax.platform_dependent(*args, default=loop, **kernels)
@@ -219,7 +317,7 @@ def _chunked_fwd(x, valid, w, bias, cell, reverse):
   by_cell = functools.partial(kernel.forward, cell)
   loop = scan.forward if _scans(cell, w.dtype) else by_cell
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
-  *states, final = _by_platform(loop, of_kernel, w, x, valid, w, bias)
+  *states, final = _by_platform(loop, of_kernel, _of_kernel(w), x, valid, w, bias)
   return (states[0], final), (x, valid, w, bias, *states)
 
 
@@ -227,7 +325,7 @@ def _chunked_bwd(cell, reverse, kept, cotangents):
   by_cell = functools.partial(kernel.backward, cell)
   loop = scan.backward if _scans(cell, kept[2].dtype) else by_cell
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
-  d_x, d_w, d_bias = _by_platform(loop, of_kernel, kept[2], *kept, *cotangents)
+  d_x, d_w, d_bias = _by_platform(loop, of_kernel, _of_kernel(kept[2]), *kept, *cotangents)
   return d_x, None, d_w, d_bias
 
 

@@ -50,7 +50,7 @@ def _act(gates: Planes) -> Planes:
   return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
 
 
-def _times(a: Array, w: Array, axis: int) -> Array:
+def times(a: Array, w: Array, axis: int) -> Array:
   """a @ w (axis 0 of w) or a @ wᵀ (1) in the dtype of the weights, summed up in that of a."""
   axes = (((1,), (axis,)), ((), ()))
   return jax.lax.dot_general(a.astype(w.dtype), w, axes, preferred_element_type=a.dtype)
@@ -60,7 +60,7 @@ def lstm_forward(weights, carry, inputs):
   """(h, c) before the step and the gates' sums without h -> (h, c), an output too."""
   (w,), (h, c), (gates,) = weights, carry, inputs
   valid = gates[0] > PADDING / 2
-  i, f, g, o = _act(tuple(a + _times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True)))
+  i, f, g, o = _act(tuple(a + times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True)))
   c_next = f * c + i * g
   h_next = o * jnp.tanh(c_next)
   carry = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
@@ -82,7 +82,7 @@ def lstm_backward(weights, carry, inputs):
     d_h * tanh_c * o * (1 - o),
   )
   d_gates = tuple(jnp.where(valid, d, 0) for d in d_gates)
-  i_back, f_back, g_back, o_back = (_times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
+  i_back, f_back, g_back, o_back = (times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
   back = i_back + f_back + g_back + o_back
   return (jnp.where(valid, back, d_h), jnp.where(valid, d_next * f, d_c)), [d_gates]
 
@@ -91,7 +91,7 @@ def gru_forward(weights, carry, inputs):
   """The gates' sums are of r, z, and the two parts of n, of x and of h."""
   (w,), (h,), (gates,) = weights, carry, inputs
   valid = gates[0] > PADDING / 2
-  r, z, x_n, h_n = (a + _times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True))
+  r, z, x_n, h_n = (a + times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True))
   z = jax.nn.sigmoid(z)
   h_next = (1 - z) * jnp.tanh(x_n + jax.nn.sigmoid(r) * h_n) + z * h
   carry = (jnp.where(valid, h_next, h),)
@@ -108,7 +108,7 @@ def gru_backward(weights, carry, inputs):
   d_n = d_h * (1 - z) * (1 - n * n)
   d_gates = d_n * h_n * r * (1 - r), d_h * (h - n) * z * (1 - z), d_n, d_n * r
   d_gates = tuple(jnp.where(valid, d, 0) for d in d_gates)
-  r_back, z_back, _, n_back = (_times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
+  r_back, z_back, _, n_back = (times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
   return (jnp.where(valid, r_back + z_back + n_back + d_h * z, d_h),), [d_gates]
 
 
@@ -135,8 +135,8 @@ def forward(cell, x, valid, w, bias, *, reverse, target="loop", interpret=False)
   shape = *x.shape[:-1], hidden
   backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
   x, valid = _rows(len(backwards), x, valid)
-  w = _columns(w)
-  gates = _sums(jnp.where(valid, x, 0), valid, w[:, :width], _columns(bias))
+  w = columns(w)
+  gates = _sums(jnp.where(valid, x, 0), valid, w[:, :width], columns(bias))
   how = Sweep(
     cell.forward, cell.states, ((cell.states, w.dtype),), backwards, chunk, target, interpret
   )
@@ -156,7 +156,7 @@ def backward(cell, x, valid, w, bias, *states, reverse, target="loop", interpret
   given, (_, chunk, *_, batch, width), hidden = (x, w, bias), x.shape, w.shape[-1] // 4
   backwards, (w, bias) = _directions(reverse, w, bias[..., None, :])
   x, valid, h, last, d_states = _rows(len(backwards), x, valid, states[0], states[-1], d_states)
-  w = _columns(jnp.concatenate([w, bias], 1))
+  w = columns(jnp.concatenate([w, bias], 1))
   # the final state is that of the last step: padding keeps it
   d_final = _rows(len(backwards), d_final[None, None])[0]
   end = [jnp.arange(h.shape[1]) == (0 if turned else h.shape[1] - 1) for turned in backwards]
@@ -166,7 +166,7 @@ def backward(cell, x, valid, w, bias, *states, reverse, target="loop", interpret
   gates = _sums(inputs, valid, w)
   opposite = tuple(not turned for turned in backwards)
   how = Sweep(cell.backward, cell.states, ((4, w.dtype),), opposite, chunk, target, interpret)
-  wide = [_columns(a.astype(gates.dtype), 1) for a in (_before(last, backwards), d_states)]
+  wide = [columns(a.astype(gates.dtype), 1) for a in (_before(last, backwards), d_states)]
   (d_gates,) = sweep(how, [_square(w, width, hidden)], [gates, *wide])
   d_x = jnp.einsum("glbm,gkm->glbk", d_gates, w[:, :width])[:, :, :batch].swapaxes(0, 1)
   d_w = jnp.einsum("glbk,glbm->gkm", inputs, d_gates, preferred_element_type=gates.dtype)
@@ -189,7 +189,7 @@ def _rows(directions, *arrays):
   return [jnp.pad(a, padding) for a in shaped]
 
 
-def _columns(a, planes=4):
+def columns(a, planes=4):
   """[..., planes * H] -> [..., planes * H'], zero in what is added."""
   width = a.shape[-1] // planes
   wide = max(LEAST, 1 << (width - 1).bit_length())

@@ -8,6 +8,7 @@
   inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
              GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
              them lies in VMEM, and the next is fetched meanwhile.
+  rows       what every step reads of a row, [G, B, ...]; from cache on a GPU, in VMEM on a TPU.
 
 Triton takes products of at least 16 and powers of two: B must be divisible by 16, H a power of two
 from 16 on. A tile has 16 rows on a GPU, since tiles run side by side and none waits for another; on
@@ -18,6 +19,7 @@ that of a `lax.scan` of the same step.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,8 +42,9 @@ class Sweep(NamedTuple):
   """What a kernel runs.
 
   Attributes:
-    step: (weights, carry, inputs) -> (carry, outputs): lists of `Planes`, [H, H] each of the
-      weights and [B, H] each of the others; the carry is one `Planes`.
+    step: (weights, carry, inputs, *rows) -> (carry, outputs): lists of `Planes`, [H, H] each of
+      the weights and [B, H] each of the others; the carry is one `Planes`, and rows are arrays
+      [B, ...] that every step reads.
     carry: the number of planes that a step hands on; zeros at first.
     outputs: of each output, the number of planes and the dtype.
     backwards: of each direction G, whether it runs from the last step to the first.
@@ -61,22 +64,25 @@ class Sweep(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all layers and passes of one shape
-def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
+def sweep(
+  how: Sweep, weights: Sequence[Array], inputs: Sequence[Array], rows: Sequence[Array] = ()
+) -> tuple[Array, ...]:
   """Runs a step over all steps of a sequence.
 
   Args:
     how: see there.
     weights: [G, H, planes * H] each.
     inputs: [G, L, B, planes * H] each; the first one's dtype is the carry's.
+    rows: [G, B, ...] each.
 
   Returns:
     The outputs, [G, L, B, planes * H] each.
   """
   if how.target == "loop":
-    return loop(how, weights, inputs)
-  directions, steps, rows, _ = inputs[0].shape
+    return loop(how, weights, inputs, rows)
+  directions, steps, batch, _ = inputs[0].shape
   width, dtype = weights[0].shape[1], inputs[0].dtype
-  tile = _tile(how, inputs, rows, width)
+  tile = _tile(how, inputs, rows, batch, width)
   size = how.chunk if how.target == "tpu" else steps
   chunks = steps // size
   resident = sum(w.nbytes // directions for w in weights) <= RESIDENT_BYTES
@@ -94,10 +100,16 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
   def whole(planes):
     return pl.BlockSpec((None, width, planes), lambda direction, row, n: (direction, 0, 0))
 
+  def of_rows(a):
+    rest = a.shape[2:]
+    return pl.BlockSpec(
+      (None, tile, *rest), lambda direction, row, n: (direction, row, *(0,) * len(rest))
+    )
+
   def kernel(*refs):
-    refs = iter(refs)
-    numbers = len(weights), len(inputs), len(how.outputs), how.carry if chunks > 1 else 0
-    w_refs, in_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
+    refs, kept = iter(refs), how.carry if chunks > 1 else 0
+    numbers = len(weights), len(inputs), len(rows), len(how.outputs), kept
+    w_refs, in_refs, row_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
     turned = backwards(pl.program_id(0))
     load = lambda: [tuple(ref[:, q] for q in _parts(ref.shape[1], width)) for ref in w_refs]  # noqa: E731
     loaded = load() if resident else None
@@ -105,7 +117,8 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
     def body(k, carry):
       t = jnp.where(turned, size - 1 - k, k)
       now = [tuple(ref[t, :, part] for part in _parts(ref.shape[2], width)) for ref in in_refs]
-      carry, outputs = how.step(loaded or load(), carry, now)
+      of_all = [ref[...] for ref in row_refs]
+      carry, outputs = how.step(loaded or load(), carry, now, *of_all)
       for ref, planes in zip(out_refs, outputs, strict=True):
         for part, plane in zip(_parts(ref.shape[2], width), planes, strict=True):
           ref[t, :, part] = plane.astype(ref.dtype)
@@ -121,19 +134,23 @@ def sweep(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tupl
 
   run = pl.pallas_call(
     kernel,
-    grid=(directions, rows // tile, chunks),
-    in_specs=[whole(w.shape[-1]) for w in weights] + [by_step(x.shape[-1]) for x in inputs],
+    grid=(directions, batch // tile, chunks),
+    in_specs=[
+      *(whole(w.shape[-1]) for w in weights),
+      *(by_step(x.shape[-1]) for x in inputs),
+      *map(of_rows, rows),
+    ],
     out_specs=[by_step(planes * width) for planes, _ in how.outputs],
     out_shape=[
-      jax.ShapeDtypeStruct((directions, steps, rows, planes * width), dtype)
+      jax.ShapeDtypeStruct((directions, steps, batch, planes * width), dtype)
       for planes, dtype in how.outputs
     ],
     scratch_shapes=[pltpu.VMEM((tile, width), dtype)] * (how.carry if chunks > 1 else 0),
-    compiler_params=_compiler_params(how, width),
+    compiler_params=_compiler_params(how, rows, width),
     interpret=how.interpret,
     name=how.step.__name__,
   )
-  return tuple(run(*weights, *inputs))
+  return tuple(run(*weights, *inputs, *rows))
 
 
 def _parts(size, width):
@@ -141,44 +158,47 @@ def _parts(size, width):
   return [slice(start, start + width) for start in range(0, size, width)]
 
 
-def _tile(how, inputs, rows, width):
+def _tile(how, inputs, rows, batch, width):
   """Rows of a block."""
   if how.target != "tpu":
     return LEAST
+  by_lanes = lambda n: -(-n // LANES) * LANES  # noqa: E731
   columns = [x.shape[-1] for x in inputs] + [planes * width for planes, _ in how.outputs]
-  row = 2 * how.chunk * sum(-(-n // LANES) * LANES for n in columns) * 4  # 2: the next block comes
-  tile = LEAST
-  while rows % (2 * tile) == 0 and 2 * tile * row <= VMEM_BYTES:
+  columns = how.chunk * sum(map(by_lanes, columns))
+  columns += sum(math.prod(a.shape[2:-1]) * by_lanes(a.shape[-1]) for a in rows)
+  row, tile = 2 * columns * 4, LEAST  # 2: the next block comes
+  while batch % (2 * tile) == 0 and 2 * tile * row <= VMEM_BYTES:
     tile *= 2
   return tile
 
 
-def _compiler_params(how, width):
+def _compiler_params(how, rows, width):
   if how.target == "tpu":
     return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-  return plgpu.CompilerParams(
-    num_warps=4 if width <= 32 else 8 if width <= 64 else 16, num_stages=1
-  )
+  warps = 4 if width <= 32 else 8 if width <= 64 else 16
+  return plgpu.CompilerParams(num_warps=32 if rows else warps, num_stages=1)
 
 
-def loop(how: Sweep, weights: Sequence[Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
+def loop(
+  how: Sweep, weights: Sequence[Array], inputs: Sequence[Array], rows: Sequence[Array]
+) -> tuple[Array, ...]:
   """What `sweep` computes, as a `lax.scan`."""
   found = [
-    _scan(how, turned, [w[g] for w in weights], [x[g] for x in inputs])
+    _scan(how, turned, *([a[g] for a in arrays] for arrays in (weights, inputs, rows)))
     for g, turned in enumerate(how.backwards)
   ]
   return tuple(jnp.stack(parts) for parts in zip(*found, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # traced and transposed once
-def _scan(how, turned, weights, inputs):
+def _scan(how, turned, weights, inputs, rows):
   """One direction of `loop`, without its axis."""
   width = weights[0].shape[0]
   split = lambda a: tuple(a[:, part] for part in _parts(a.shape[1], width))  # noqa: E731
   own = list(map(split, weights))
 
   def step(carry, now):
-    carry, outputs = how.step(own, carry, list(map(split, now)))
+    carry, outputs = how.step(own, carry, list(map(split, now)), *rows)
     joined = [jnp.concatenate(planes, -1) for planes in outputs]
     return carry, [a.astype(dtype) for a, (_, dtype) in zip(joined, how.outputs, strict=True)]
 
@@ -188,16 +208,16 @@ def _scan(how, turned, weights, inputs):
 
 @functools.cache
 def _tangent(how: Sweep) -> Sweep:
-  """The sweep of tangents: of [weights, their tangents] and [inputs, their tangents]."""
+  """The sweep of tangents: of [weights, their tangents], likewise inputs and rows."""
 
   def half(parts):
     middle = len(parts) // 2
     return parts[:middle], parts[middle:]
 
   @functools.wraps(how.step)
-  def step(weights, carry, inputs):
-    (w, d_w), (s, d_s), (x, d_x) = map(half, (weights, carry, inputs))
-    (s, _), (d_s, outputs) = jax.jvp(how.step, (w, s, x), (d_w, d_s, d_x))
+  def step(weights, carry, inputs, *rows):
+    (w, d_w), (s, d_s), (x, d_x), (r, d_r) = map(half, (weights, carry, inputs, rows))
+    (s, _), (d_s, outputs) = jax.jvp(how.step, (w, s, x, *r), (d_w, d_s, d_x, *d_r))
     return (*s, *d_s), outputs
 
   return how._replace(step=step, carry=2 * how.carry)
@@ -205,16 +225,15 @@ def _tangent(how: Sweep) -> Sweep:
 
 @sweep.defjvp
 def _sweep_jvp(how, primals, tangents):
-  weights, inputs = primals
   tangent = _tangent(how)
 
   def by_kernel(d):
-    return sweep(tangent, [*weights, *d[0]], [*inputs, *d[1]])
+    return sweep(tangent, *([*of, *d_of] for of, d_of in zip(primals, d, strict=True)))
 
   def by_loop(d):
     return jax.jvp(functools.partial(loop, how), primals, d)[1]
 
-  out = sweep(how, weights, inputs)
+  out = sweep(how, *primals)
   return out, _linear(by_kernel, by_loop, tangents, out)
 
 
@@ -224,9 +243,12 @@ def _linear(run: Callable, same: Callable, x: Any, like: Any) -> Any:
   JAX's one public primitive that has a transpose of one's own, under `vmap` too, is the linear
   solver: [x, y] with y = f(x) solves the system x = b, y - f(x) = 0.
   """
-  nothing = jnp.where(False, jax.tree.leaves(x)[0].ravel()[0], 0)  # 0, but linear in x
-  zeros = jax.tree.map(lambda a: jnp.broadcast_to(nothing.astype(a.dtype), a.shape), like)
   add = functools.partial(jax.tree.map, jnp.add)
+  first = [a.ravel()[0].astype(like[0].dtype) for a in jax.tree.leaves(x)]
+  nothing = jnp.where(False, jnp.stack(first).sum(), 0)  # 0, but linear in x
+  no = lambda a: jnp.broadcast_to(nothing.astype(a.dtype), a.shape)  # noqa: E731
+  # the solver is not transposed where anything that it is given is a constant, as a zero is
+  x, zeros = add(x, jax.tree.map(no, x)), jax.tree.map(no, like)
 
   def apply(both):
     x, y = both
