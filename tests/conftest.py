@@ -39,6 +39,14 @@ from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 BY_SYSTEM = ("models_test.py", "parity_test.py")
 
 
+# They wait for processes of their own, one after the other: whoever takes them last ends last.
+FIRST = ("tune_test.py", "studies_test.py", "binaries_test.py")
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 class ByProgram(LoadScopeScheduling):
   """Tests that share compiled programs run in one process."""
 
