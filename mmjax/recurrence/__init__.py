@@ -88,8 +88,21 @@ def bilstm(
     )
     return (ahead, back), (last, first)
   x, *weights = _alike(x, *forward, *backward)
-  both = [(_joined(w_ih, w_hh), bias) for w_ih, w_hh, bias in (weights[:3], weights[3:])]
-  return _side_by_side(x, valid, both, kernel.LSTM)
+  forward, backward = tuple(weights[:3]), tuple(weights[3:])
+  # the longest sequence, turned round, begins at once: chunks of padding alone cost a loop nothing
+  last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
+  by_itself = lambda a, **_: a  # noqa: E731 - kernels turn round
+  turn = functools.partial(  # its own inverse
+    _by_platform,
+    (lambda a: jnp.roll(a[::-1], last, 0)) if _scans(kernel.LSTM, x.dtype) else by_itself,
+    by_itself,
+    _of_kernel(forward[1]),
+  )
+  both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
+  weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
+  states, final = _run(both, seen, weights, False)
+  ahead, back = (jnp.where(valid[:, :, None], s, 0) for s in (states[:, 0], turn(states[:, 1])))
+  return (ahead, back), (final[0], final[1])
 
 
 def gru(
@@ -117,45 +130,18 @@ def gru(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
   chex.assert_shape(valid, x.shape[:2])
-  if _gru_scans(w_hh):
+  scans = w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.shape[0], w_hh.dtype)
+  if _PLAIN.get() or scans:
     return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
-  steps, seen = x.swapaxes(0, 1).astype(w_hh.dtype), valid.T[:, :, None]
-  states, _ = _in_chunks(steps, seen, *_in_four(w_ih, w_hh, b_ih, b_hh), kernel.GRU, reverse)
-  return jnp.where(seen, states, 0).swapaxes(0, 1)
-
-
-def bigru(
-  x: Array, valid: Array, forward: tuple[Array, ...], backward: tuple[Array, ...]
-) -> tuple[Array, Array]:
-  """Runs a GRU in each direction: on accelerators by one kernel, else one after the other.
-
-  Args:
-    x: [B, L, D].
-    valid: [B, L] bool.
-    forward, backward: (w_ih, w_hh, b_ih, b_hh) of each direction, see `gru`.
-
-  Returns:
-    Outputs (forward, backward), [B, L, H] each.
-  """
-  if _gru_scans(forward[1]):
-    return gru(x, valid, *forward), gru(x, valid, *backward, reverse=True)
-  steps, both = x.swapaxes(0, 1).astype(forward[1].dtype), [_in_four(*forward), _in_four(*backward)]
-  (ahead, back), _ = _side_by_side(steps, valid.T, both, kernel.GRU)
-  return ahead.swapaxes(0, 1), back.swapaxes(0, 1)
-
-
-def _gru_scans(w_hh):
-  """Whether a GRU is a plain scan, which JAX differentiates."""
-  return _PLAIN.get() or (w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.shape[0], w_hh.dtype))
-
-
-def _in_four(w_ih, w_hh, b_ih, b_hh):
-  """[D + H, 4H] and [4H] of a GRU: r, z, and the two parts of n, whose second r multiplies."""
+  # r, z, and the two parts of n: the state's is multiplied by r
   (w_rz, w_n), (u_rz, u_n), (b_rz, b_n), (c_rz, c_n) = (
     jnp.split(a, [2 * w_hh.shape[0]], -1) for a in (w_ih, w_hh, b_ih, b_hh)
   )
   w = [[w_rz, w_n, jnp.zeros_like(w_n)], [u_rz, jnp.zeros_like(u_n), u_n]]
-  return jnp.block(w), jnp.concatenate([b_rz + c_rz, b_n, c_n])
+  bias = jnp.concatenate([b_rz + c_rz, b_n, c_n])
+  steps, seen = x.swapaxes(0, 1), valid.T[:, :, None]
+  states, _ = _in_chunks(steps.astype(w_hh.dtype), seen, jnp.block(w), bias, kernel.GRU, reverse)
+  return jnp.where(seen, states, 0).swapaxes(0, 1)
 
 
 def attend_and_decode(
@@ -223,39 +209,18 @@ def _alike(*arrays):
 
 
 def _run(x, valid, weights, reverse):
-  """An LSTM, x [L, B, D] and valid [L, B, 1] -> h after each step and the final h."""
+  """h after each step and the final h.
+
+  Several LSTMs run at once where there is an axis G: x [L, (G,) B, D], valid [L, (G,) B, 1],
+  weights [(G,) D, 4H], [(G,) H, 4H], [(G,) 4H] -> [L, (G,) B, H] and [(G,) B, H].
+  """
   w_ih, w_hh, bias = weights
-  w = _joined(w_ih, w_hh)
+  # one product a step, [x, h] @ w, not two; nor x @ w_ih for all steps at once: XLA makes slow
+  # code of gates that are sliced out of a large array (three times as slow on a CPU)
+  w = jnp.concatenate([w_ih, w_hh], -2)
   if _PLAIN.get():
     return scan.plain(x, valid, w, bias, reverse)
   return _in_chunks(x, valid, w, bias, kernel.LSTM, reverse)
-
-
-def _joined(w_ih, w_hh):
-  """[D + H, 4H]: one product a step, [x, h] @ w, not two.
-
-  Nor x @ w_ih for all steps at once: XLA makes slow code of gates that are sliced out of a large
-  array (three times as slow on a CPU).
-  """
-  return jnp.concatenate([w_ih, w_hh], -2)
-
-
-def _side_by_side(x, valid, weights, cell):
-  """Two recurrences, the second from the last step to the first: outputs and final states of both.
-
-  x [L, B, D], valid [L, B], weights [(w [D + H, 4H], bias [4H])] of both.
-  """
-  turn = by_itself = lambda a, **_: a  # kernels turn round
-  if _scans(cell, x.dtype):
-    # the longest sequence, turned round, begins at once: chunks of padding alone cost nothing
-    last = x.shape[0] - jnp.argmax(valid.any(1)[::-1])
-    of_loop = lambda a: jnp.roll(a[::-1], last, 0)  # noqa: E731 - its own inverse
-    turn = functools.partial(_by_platform, of_loop, by_itself, _of_kernel(weights[0][0]))
-  both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
-  w, bias = map(jnp.stack, zip(*weights, strict=True))
-  states, final = _in_chunks(both, seen, w, bias, cell, False)
-  ahead, back = (jnp.where(valid[:, :, None], s, 0) for s in (states[:, 0], turn(states[:, 1])))
-  return (ahead, back), (final[0], final[1])
 
 
 def _in_chunks(x, valid, w, bias, cell, reverse):
