@@ -267,19 +267,20 @@ def traced(name):
   return case, case.make_batch(), jax.eval_shape(lambda: case.system.init(make_key(0), case.spec))
 
 
-def test_every_system_takes_binary_problems():
+@pytest.mark.parametrize(
+  "names",
+  [
+    pytest.param([name for name in models.MODELS if name not in LARGE], id="small"),
+    pytest.param(LARGE, id="large", marks=pytest.mark.slow),
+  ],
+)
+def test_every_system_takes_binary_problems(names):
   """They are classes to it; its head's shape tells them from as many plain classes."""
-  for name in models.MODELS:
+  for name in names:
     case, batch, (params, extra) = traced(name)
     assert (3, 2) in [leaf.shape for leaf in jax.tree.leaves(params)], name
     found = jax.eval_shape(case.system.predict, params, batch, extra)
     assert found["prediction"].shape == (ROWS, 8), name
-
-
-@pytest.mark.slow
-def test_every_system_trains_on_binary_problems():
-  for name in models.MODELS:
-    case, batch, (params, extra) = traced(name)
     for phase in case.system.phases:
       value, _ = jax.eval_shape(phase.loss, params, batch, make_key(1), extra)
       assert value.shape == (), name
