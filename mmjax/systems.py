@@ -39,8 +39,8 @@ from typing import Any, NamedTuple, Protocol
 import flax.core
 import flax.linen as nn
 import jax
-import jax.extend.core
 import jax.numpy as jnp
+from jax import core
 from jax.interpreters import partial_eval
 
 from mmjax import bert as bert_lib
@@ -177,7 +177,7 @@ def initial(module: nn.Module, key: types.PRNGKey, *shapes: Any, **told: Any) ->
   jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, needed, instantiate=[True, *[False] * rest])
   if len(jaxpr.invars) > 1:
     raise ValueError(f"variables of {type(module).__name__} depend on values of its arguments.")
-  leaves = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, traced.consts))(key)
+  leaves = core.eval_jaxpr(jaxpr, traced.consts, key)
   return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
