@@ -201,6 +201,9 @@ def test_shapes_share_the_programs_that_draw_parameters():
   for count in range(1, 20000, 499):
     assert layers.drawn(lambda _, n: sizes.append(n) or jnp.zeros(n), None, (count,)).size == count
   assert sorted(set(sizes)) == [(4**n,) for n in range(4, 9)]
+  for count, size in ((70_000, 4**9), (600_000, 4**10), (1_100_000, 2**21), (2_100_000, 2**22)):
+    layers.drawn(lambda _, n: sizes.append(n) or jnp.zeros(n), None, (count,))
+    assert sizes[-1] == (size,)
 
 
 def test_reverse_gradient_is_the_identity_with_a_reversed_gradient():

@@ -31,7 +31,7 @@ def fits(length: int, hidden: int) -> bool:
 
 
 def plain(given, states, keys, allowed, state, w_query, v, w_context):
-  """A plain scan; see `recurrence.attending`."""
+  """A plain scan; see `recurrence.attend_and_decode`."""
   size = state.shape[-1]
 
   def step(state, given):
