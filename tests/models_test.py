@@ -246,7 +246,7 @@ def case(request) -> Case:
 
 @pytest.fixture
 def gradients(case):
-  """Of large systems with a recorded file they are compiled for classes alone: it has the others."""
+  """Of large systems with a recorded file only those of classes compile: it has the others."""
   if case.name in set(LARGE) - set(WITHOUT_CODE) and not case.spec.num_classes:
     pytest.skip("the recorded file has the gradients of its regression")
 
