@@ -119,3 +119,12 @@ def test_cores_share_a_batch_where_each_gets_enough_of_it(rows, devices, expecte
   assert (mesh.size if mesh else 1) == expected
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   assert parallel.worthwhile(rows, devices) == devices
+
+
+def test_xla_knows_what_a_gpus_programs_are_compiled_with(monkeypatch):
+  assert parallel.jit(jax.numpy.sin, None)(0.0) == 0
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert parallel.jit(jax.numpy.cos, None)(0.0) == 1
+  monkeypatch.setattr(parallel, "GPU_OPTIONS", {"xla_no_such_option": "x"})
+  with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+    parallel.jit(jax.numpy.tan, None)(0.0)

@@ -105,7 +105,7 @@ class Target(NamedTuple):
   peak: tuple[float, float]
 
 
-_UNTUNED = {"xla_gpu_autotune_level": 0}  # there is nothing to tune on
+_UNTUNED = {**parallel.GPU_OPTIONS, "xla_gpu_autotune_level": 0}  # there is nothing to tune on
 TARGETS = {
   "h100": Target(
     {"jax_plugins.xla_cuda12": "jax-cuda12-plugin", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12"},
