@@ -198,14 +198,16 @@ def _symmetric(gradient, linearize):
       value, (grads, _) = of_all(trained, constant, rest)
       return value, grads
 
+    def by_trained(constant, *rest):
+      return lambda trained: of_all(trained, constant, optim.merge(*rest))
+
     def forward(trained, constant, rest):
       trained, constant = jax.tree.map(lambda a: a.value, (trained, constant))
       asked = jax.tree.map(lambda a: a.value if a.perturbed else None, rest)
       others = jax.tree.map(lambda a: None if a.perturbed else a.value, rest)
       params, linear = (trained, constant), None
       if linearize:
-        along = lambda trained: of_all(trained, constant, optim.merge(asked, others))  # noqa: E731
-        (value, every), push = jax.linearize(along, trained)
+        (value, every), push = jax.linearize(by_trained(constant, asked, others), trained)
         grads, linear = every[0], (every, push)
       else:
         value, grads = pure(trained, constant, optim.merge(asked, others))
@@ -215,7 +217,7 @@ def _symmetric(gradient, linearize):
       (trained, constant), asked, others, linear = kept
       d_value, d_grads = jax.tree.map(_or_zeros, cotangents, (shapes[0], shapes[1][0]))
       if linear is None:
-        along = lambda trained: of_all(trained, constant, optim.merge(asked, others))  # noqa: E731
+        along = by_trained(constant, asked, others)
         (_, grads), (_, d_params) = jax.jvp(along, (trained,), (d_grads,))
       else:
         grads, push = linear
