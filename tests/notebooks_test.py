@@ -10,7 +10,7 @@ from command import ROOT
 
 # Rows of the last table of each: what was compared × conditions.
 ROWS = {
-  "meta_sampling": 5 * 5 + 3 * 6,
+  "meta_sampling": 6 * 5 + 3 * 6,
   "own_loss": 3 * 3,
   "quickstart": 3 * 4,
   "robustness_of_your_model": 2 * 10,
