@@ -421,7 +421,8 @@ def measure(
   except MissingCompiler:
     raise
   except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the row tells it
-    return {**row, "compiles": False, "error": str(error).strip().splitlines()[0][:200]}
+    told = str(error).strip() or type(error).__name__
+    return {**row, "compiles": False, "error": told.splitlines()[0][:200]}
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   ran = run(compiled, made, SETTINGS[setting], mesh, seeds) if target == HERE else {}
   launches = count_launches(compiled.as_text())
