@@ -461,11 +461,12 @@ def test_in_bfloat16_products_are_halves_and_the_loss_is_the_same(name):
   assert {v.aval.dtype for product in products for v in product.invars} == {jnp.dtype("bfloat16")}
   assert len(products) > 10
   args, phase = (case.params, case.batch, make_key(0), case.extra), half.phases[-1]
-  (expected, their_aux), _ = case.gradients[phase.name](*args)
+  (expected, their_aux), grads = case.gradients[phase.name](*args)
   value, aux = jax.jit(phase.loss)(*args)
   np.testing.assert_allclose(value, expected, rtol=0.01)
+  gradient = jax.eval_shape(jax.grad(phase.loss, has_aux=True), *args)
   kinds = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
-  assert kinds(aux) == kinds(their_aux)
+  assert kinds((aux, gradient)) == kinds((their_aux, (grads, their_aux)))
 
 
 def test_extra_keeps_its_structure(case):

@@ -250,8 +250,8 @@ def test_pruned_and_stopped_trials(folder):
   out, more = folder / "pruned", ("--config.train.epochs=20", "--trials=8", "--warmup=2", LINGERING)
   file = folder / "rates.py"
   file.write_text(SPACE.replace("1e-4, 1e-2", "1e-7, 1e-2"))
-  more += (f"--space={file}",)
-  worker = start("tune", *flags(folder, out, *more, "--processes=1"))
+  more += (f"--space={file}", "--processes=2")
+  worker = start("tune", *flags(folder, out, *more))
   end = time.monotonic() + 300
   while len(workdir.history(out / "trials" / "0000")) < 2:
     assert worker.poll() is None and time.monotonic() < end
@@ -259,7 +259,7 @@ def test_pruned_and_stopped_trials(folder):
   worker.send_signal(signal.SIGTERM)
   output, _ = worker.communicate(timeout=300)
   assert worker.returncode == 128 + signal.SIGTERM and "The same command goes on" in output
-  code, output = call("tune", *flags(folder, out, *more, "--processes=2"))
+  code, output = call("tune", *flags(folder, out, *more))
   assert code == 0, output
   found = results(out)
   states = [one.state.name for one in found.values()]
@@ -307,7 +307,7 @@ def postgresql():
 @pytest.mark.slow
 def test_two_workers_on_postgresql_one_of_which_is_killed(folder, postgresql):
   """No trial is lost or doubled; that of the dead worker goes on in its folder."""
-  out, count = folder / "shared", 3
+  out, count = folder / "shared", 4
   more = ("--config.train.epochs=20", f"--trials={count}", "--processes=1", "--pruner=none")
   more += (f"--storage={postgresql}", "--grace=5", LINGERING)
   workers = [start("tune", *flags(folder, out, *more)) for _ in range(2)]
