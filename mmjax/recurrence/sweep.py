@@ -14,8 +14,10 @@ Triton takes products of at least 16 and powers of two: B must be divisible by 1
 from 16 on. A tile has 16 rows on a GPU, since tiles run side by side and none waits for another; on
 a TPU, whose grid runs in order, it is as large as VMEM allows.
 
-The derivative of a sweep in forward mode is a sweep, of the step's tangents. In reverse mode it is
-that of a `lax.scan` of the same step.
+The derivative of a sweep in forward mode is a sweep, of the step's tangents, and so on to any
+order. In reverse mode it is that of a `lax.scan` of the same step. Both are rules of a primitive:
+a `jax.custom_jvp` loses its rule inside of a differentiated scan or checkpoint, which M³S around a
+loss with a meta-gradient of its own differentiates again.
 """
 
 import functools
@@ -28,6 +30,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
 Planes = tuple[Array, ...]
@@ -62,8 +66,6 @@ class Sweep(NamedTuple):
   interpret: bool = False
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0)  # traced once for all layers and passes of one shape
 def sweep(
   how: Sweep, weights: Sequence[Array], inputs: Sequence[Array], rows: Sequence[Array] = ()
 ) -> tuple[Array, ...]:
@@ -78,8 +80,16 @@ def sweep(
   Returns:
     The outputs, [G, L, B, planes * H] each.
   """
-  if how.target == "loop":
-    return loop(how, weights, inputs, rows)
+  groups = weights, inputs, rows
+  return tuple(
+    _sweep.bind(*sum(map(list, groups), []), how=how, sizes=tuple(map(len, groups)), maps=())
+  )
+
+
+def _kernel(
+  how: Sweep, weights: Sequence[Array], inputs: Sequence[Array], rows: Sequence[Array]
+) -> tuple[Array, ...]:
+  """What `sweep` computes, as a kernel."""
   directions, steps, batch, _ = inputs[0].shape
   width, dtype = weights[0].shape[1], inputs[0].dtype
   tile = _tile(how, inputs, rows, batch, width)
@@ -206,60 +216,109 @@ def _scan(how, turned, weights, inputs, rows):
   return jax.lax.scan(step, (zero,) * how.carry, inputs, reverse=turned)[1]
 
 
+_sweep = Primitive("sweep")
+_sweep.multiple_results = True
+
+
+def _grouped(arrays, sizes):
+  """Weights, inputs and rows."""
+  arrays = iter(arrays)
+  return [[next(arrays) for _ in range(size)] for size in sizes]
+
+
+@functools.partial(jax.jit, static_argnames=("how", "sizes", "maps"))  # traced once for each shape
+def _run(*arrays, how, sizes, maps):
+  def of_arrays(*arrays):
+    return (loop if how.target == "loop" else _kernel)(how, *_grouped(arrays, sizes))
+
+  for mapped in maps:
+    of_arrays = jax.vmap(of_arrays, [0 if is_mapped else None for is_mapped in mapped])
+  return of_arrays(*arrays)
+
+
+_sweep.def_impl(_run)
+mlir.register_lowering(_sweep, mlir.lower_fun(_run, multiple_results=True))
+
+
+@_sweep.def_abstract_eval
+def _shapes(*arrays, how, sizes, maps):
+  shapes, axes = [a.shape for a in arrays], []
+  for mapped in reversed(maps):  # the last one's axis is the first
+    axes.append(
+      next(shape[0] for shape, is_mapped in zip(shapes, mapped, strict=True) if is_mapped)
+    )
+    shapes = [shape[is_mapped:] for shape, is_mapped in zip(shapes, mapped, strict=True)]
+  (weights, *_), (inputs, *_), _ = _grouped(shapes, sizes)
+  return [
+    jax.core.ShapedArray((*axes, *inputs[:-1], planes * weights[1]), dtype)
+    for planes, dtype in how.outputs
+  ]
+
+
+def _batched(arrays, axes, *, how, sizes, maps):
+  mapped = tuple(axis is not None for axis in axes)
+  arrays = [
+    a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True)
+  ]
+  found = _sweep.bind(*arrays, how=how, sizes=sizes, maps=(*maps, mapped))
+  return found, [0] * len(found)
+
+
+batching.primitive_batchers[_sweep] = _batched
+
+
 @functools.cache
 def _tangent(how: Sweep) -> Sweep:
   """The sweep of tangents: of [weights, their tangents], likewise inputs and rows."""
 
-  def half(parts):
-    middle = len(parts) // 2
-    return parts[:middle], parts[middle:]
-
   @functools.wraps(how.step)
   def step(weights, carry, inputs, *rows):
-    (w, d_w), (s, d_s), (x, d_x), (r, d_r) = map(half, (weights, carry, inputs, rows))
+    (w, d_w), (s, d_s), (x, d_x), (r, d_r) = map(_halves, (weights, carry, inputs, rows))
     (s, _), (d_s, outputs) = jax.jvp(how.step, (w, s, x, *r), (d_w, d_s, d_x, *d_r))
     return (*s, *d_s), outputs
 
   return how._replace(step=step, carry=2 * how.carry)
 
 
-@sweep.defjvp
-def _sweep_jvp(how, primals, tangents):
-  tangent = _tangent(how)
-
-  def by_kernel(d):
-    return sweep(tangent, *([*of, *d_of] for of, d_of in zip(primals, d, strict=True)))
-
-  def by_loop(d):
-    return jax.jvp(functools.partial(loop, how), primals, d)[1]
-
-  out = sweep(how, *primals)
-  return out, _linear(by_kernel, by_loop, tangents, out)
+def _halves(parts):
+  middle = len(parts) // 2
+  return parts[:middle], parts[middle:]
 
 
-def _linear(run: Callable, same: Callable, x: Any, like: Any) -> Any:
-  """`run(x)`, transposed as `same`, which computes the same linear function; shaped as `like`.
+def _doubled(primals, tangents, sizes):
+  """Each group of the first, followed by that of the second."""
+  groups = zip(_grouped(primals, sizes), _grouped(tangents, sizes), strict=True)
+  return [part for both in groups for half in both for part in half]
 
-  JAX's one public primitive that has a transpose of one's own, under `vmap` too, is the linear
-  solver: [x, y] with y = f(x) solves the system x = b, y - f(x) = 0.
-  """
-  add = functools.partial(jax.tree.map, jnp.add)
-  first = [a.ravel()[0].astype(like[0].dtype) for a in jax.tree.leaves(x)]
-  nothing = jnp.where(False, jnp.stack(first).sum(), 0)  # 0, but linear in x
-  no = lambda a: jnp.broadcast_to(nothing.astype(a.dtype), a.shape)  # noqa: E731
-  # the solver is not transposed where anything that it is given is a constant, as a zero is
-  x, zeros = add(x, jax.tree.map(no, x)), jax.tree.map(no, like)
 
-  def apply(both):
-    x, y = both
-    return x, jax.tree.map(jnp.subtract, y, same(x))
+def _jvp(primals, tangents, *, how, sizes, maps):
+  tangents = list(map(ad.instantiate_zeros, tangents))
+  out = _sweep.bind(*primals, how=how, sizes=sizes, maps=maps)
+  found = _sweep.bind(
+    *_doubled(primals, tangents, sizes),
+    how=_tangent(how),
+    sizes=tuple(2 * size for size in sizes),
+    maps=tuple(tuple(_doubled(mapped, mapped, sizes)) for mapped in maps),
+  )
+  return out, found
 
-  def solve(_, both):
-    x, y = both
-    return x, add(y, run(x))
 
-  def transposed(_, both):
-    x, y = both
-    return add(x, jax.linear_transpose(same, x)(y)[0]), y
+ad.primitive_jvps[_sweep] = _jvp
 
-  return jax.lax.custom_linear_solve(apply, (x, zeros), solve, transposed)[1]
+
+def _transposed(cotangents, *arrays, how, sizes, maps):
+  """That of a sweep of tangents, which is linear in them."""
+  asked = [n for n, a in enumerate(arrays) if ad.is_undefined_primal(a)]
+  how = how._replace(target="loop")
+
+  def linear(found):
+    given = dict(zip(asked, found, strict=True))
+    return _run(*(given.get(n, a) for n, a in enumerate(arrays)), how=how, sizes=sizes, maps=maps)
+
+  transpose = jax.linear_transpose(linear, [arrays[n].aval for n in asked])
+  (found,) = transpose(tuple(map(ad.instantiate_zeros, cotangents)))
+  found = dict(zip(asked, found, strict=True))
+  return [found.get(n) for n in range(len(arrays))]
+
+
+ad.primitive_transposes[_sweep] = _transposed
