@@ -1,6 +1,7 @@
 """The LSTM's loop and its kernel against the plain scan, and what they save."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def test_kernels_are_traced_where_they_may_run(dtype, elsewhere, kernels):
   with jax.enable_x64(True), recurrence.portable() if elsewhere else contextlib.nullcontext():
     trace = jax.make_jaxpr(lambda *args: recurrence.lstm(*args))
     jaxpr = trace(dtype(x), valid, *map(dtype, weights[0]))
-  assert ("pallas_call" in str(jaxpr)) == kernels
+  assert bool(jaxprs.named(jaxpr.jaxpr, "sweep")) == kernels
 
 
 @pytest.mark.parametrize("name", ["plain", "portable"])
@@ -216,6 +217,28 @@ def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(case, interpret
     found = jax.jit(all_of)(x, weights)
     with recurrence.plain():
       expected = jax.jit(lambda *args: all_of(*args))(x, weights)
+  assert_close(found, expected)
+
+
+def test_a_kernel_in_a_loss_with_a_meta_gradient_of_its_own(interpreted):
+  """Second order around that: scans and checkpoints that hold kernels are differentiated again."""
+  x, valid, weights, *scales = draw(7)
+  loss = make_loss("both", valid, *scales)
+
+  def adapted_loss(x, weights):
+    def step(weights, _):
+      gradient = jax.jvp(jax.grad(loss, 1), (x, weights), (x, weights))[1]
+      return jax.tree.map(lambda w, d: w - 0.01 * d, weights, gradient), None
+
+    return loss(x, jax.lax.scan(jax.checkpoint(step), weights, length=2)[0])
+
+  def second_order(x, weights):
+    return jax.jvp(jax.grad(adapted_loss, (0, 1)), (x, weights), (x, weights))
+
+  with jax.enable_x64(True):
+    found = jax.jit(second_order)(x, weights)
+    with recurrence.plain():
+      expected = jax.jit(lambda *args: second_order(*args))(x, weights)
   assert_close(found, expected)
 
 
@@ -355,14 +378,18 @@ def test_seeds_add_no_kernels_to_a_training_step():
     start = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), starts)
     one = jax.make_jaxpr(step)(keys[0], start, batch)
     three = jax.make_jaxpr(jax.vmap(step, (0, 0, None)))(keys, starts, batch)
-  kernels = jaxprs.named(one.jaxpr, "pallas_call")
-  assert len(kernels) == 16  # two passes, forth and back, of two LSTMs, for two kinds of devices
-  for name in ("pallas_call", "dot_general", "while", "cond"):
+  sweeps = jaxprs.named(one.jaxpr, "sweep")
+  assert len(sweeps) == 16  # two passes, forth and back, of two LSTMs, for two kinds of devices
+  for name in ("sweep", "dot_general", "while", "cond"):
     assert len(jaxprs.named(three.jaxpr, name)) == len(jaxprs.named(one.jaxpr, name))
-  grids = [
-    [equation.params["grid_mapping"].grid for equation in jaxprs.named(traced.jaxpr, "pallas_call")]
-    for traced in (one, three)
-  ]
+
+  def grid(equation):
+    run = functools.partial(equation.primitive.impl, **equation.params)
+    traced = jax.make_jaxpr(run)(*(v.aval for v in equation.invars))
+    (kernel,) = jaxprs.named(traced.jaxpr, "pallas_call")
+    return kernel.params["grid_mapping"].grid
+
+  grids = [[grid(sweep) for sweep in jaxprs.named(t.jaxpr, "sweep")] for t in (one, three)]
   assert grids[1] == [(3, *grid) for grid in grids[0]]
 
 
