@@ -16,6 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from mmjax import recurrence, types
 
@@ -573,6 +575,19 @@ def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> 
   return found
 
 
+# The identity, by a copy: XLA would join arrays anew inside of each kernel that reads a part of
+# them, which makes such kernels large and no two of them alike. Gradients are handed out as they
+# are, which `jax.lax.optimization_barrier` would keep from being done by one kernel.
+_copied = Primitive("copied")
+_copied.def_impl(lambda x: x)
+_copied.def_abstract_eval(lambda x: x)
+mlir.register_lowering(
+  _copied, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+)
+ad.deflinear2(_copied, lambda cotangent, _: [cotangent])
+batching.defvectorized(_copied)
+
+
 def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
   """A tree whose leaves are `jnp.stack` of those of N trees, and the axes for `jax.vmap`.
 
@@ -590,7 +605,7 @@ def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
     shape = len(places), len(trees), *rows[0].shape
     # XLA cuts slices that need no new shape by one kernel, unless they are large; but it fails on
     # vectors in a row (Triton, jax 0.10.2)
-    joined = jnp.concatenate(rows) if rows[0].ndim > 1 else jnp.stack(rows)
+    joined = _copied.bind(jnp.concatenate(rows) if rows[0].ndim > 1 else jnp.stack(rows))
     joined = joined.reshape(shape)
     for place, leaf in zip(places, jnp.unstack(joined), strict=True):
       found[place], axes[place] = leaf, 0

@@ -95,13 +95,13 @@ class Target(NamedTuple):
   Attributes:
     packages: the modules of the compiler, and the distributions that they are in.
     topology: arguments that describe the machine of COUNT devices.
-    options: of the compiler, each a further try where the one before it fails.
+    options: of the compiler.
     peak: FLOP/s of products, of float32's default precision; and bytes/s of its memory.
   """
 
   packages: dict[str, str]
   topology: dict[str, str]
-  options: tuple[dict[str, Any], ...]
+  options: dict[str, Any]
   peak: tuple[float, float]
 
 
@@ -110,14 +110,13 @@ TARGETS = {
   "h100": Target(
     {"jax_plugins.xla_cuda12": "jax-cuda12-plugin", "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12"},
     dict(platform="cuda", topology_name="h100", topology="1x1xCOUNT", target_config=H100),
-    # untuned, it finds no tiles for a few products
-    (_UNTUNED, {**_UNTUNED, "xla_gpu_enable_triton_gemm": False}),
+    _UNTUNED,
     (495e12, 3.35e12),
   ),
   "v5e": Target(
     {"libtpu": "libtpu"},
     dict(platform="tpu", topology_name="v5e:2x2"),
-    ({},),
+    {},
     (197e12, 0.82e12),
   ),
 }
@@ -335,17 +334,7 @@ def compile_for(
   place = parallel.replicated(mesh) if mesh else SingleDeviceSharding(devices(target)[0])
   with recurrence.portable():
     lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
-  traced = began.since()
-  for options in TARGETS[target].options:
-    began = Seconds.now()
-    try:
-      compiled = lowered.compile(options)
-    except jax.errors.JaxRuntimeError:
-      if options is TARGETS[target].options[-1]:
-        raise
-    else:
-      return compiled, Seconds(*map(sum, zip(traced, began.since(), strict=True)))
-  raise AssertionError("a target has options")
+  return lowered.compile(TARGETS[target].options), began.since()
 
 
 def make_spec(setting: cases.Setting) -> types.Spec:
