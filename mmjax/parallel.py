@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "batch"
 # A core of a CPU takes as long for fewer rows: two devices took 56 ms for MISA's 32, one took 36.
 LEAST_ROWS = 64
-# What XLA would make of Triton is most of the time that a GPU's program compiles: it weighs tiles of
-# a kernel that holds a whole softmax or norm at each of its fusions, for a few kernels less of a
+# What XLA would make of Triton is most of the time that a GPU's program compiles: it weighs tiles
+# of a kernel that holds a whole softmax or norm at each of its fusions, for a few kernels less of a
 # hundred; and it compiles small products (on a card each in many ways) that libraries have.
 GPU_OPTIONS = {
   "xla_disable_hlo_passes": "triton-softmax-rewriter",

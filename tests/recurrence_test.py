@@ -155,6 +155,19 @@ def test_kernels_are_traced_where_they_may_run(dtype, elsewhere, kernels):
   assert bool(jaxprs.named(jaxpr.jaxpr, "sweep")) == kernels
 
 
+@pytest.mark.parametrize(
+  ("hidden", "targets"), [(128, {"cuda", "tpu"}), (256, {"loop", "tpu"}), (257, {"loop"})]
+)
+def test_what_is_too_wide_for_a_kernel_is_a_loop_without_conditions(hidden, targets):
+  """Of which each would make a GPU wait for its host."""
+  shapes = (3, B, D), (D, 4 * hidden), (hidden, 4 * hidden), (4 * hidden,)
+  x, *weights = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+  with recurrence.portable():
+    jaxpr = jax.make_jaxpr(recurrence.lstm)(x, jax.ShapeDtypeStruct((3, B), bool), *weights)
+  sweeps = jaxprs.named(jaxpr.jaxpr, "sweep")
+  assert {sweep.params["how"].target for sweep in sweeps} == targets
+
+
 @pytest.mark.parametrize("name", ["plain", "portable"])
 def test_what_is_traced_inside_ends_with_the_block(name):
   variable = getattr(recurrence, f"_{name.upper()}")
@@ -195,12 +208,12 @@ def test_chunks_and_their_number_grow_alike():
   assert sizes == [1, 2, 3, 5, 10, 29]
 
 
-@pytest.fixture(params=kernel.TARGETS)
+@pytest.fixture(params=list(kernel.WIDEST))
 def interpreted(request, monkeypatch):
   """Runs the kernel, with the blocks of a target, in Pallas' interpreter."""
 
-  def run(loop, kernel_of, w, *args):
-    del loop, w
+  def run(loop, kernel_of, hidden, dtype, *args):
+    del loop, hidden, dtype
     return kernel_of(*args, target=request.param, interpret=True)
 
   monkeypatch.setattr(recurrence, "_by_platform", run)

@@ -96,7 +96,7 @@ def bilstm(
     _by_platform,
     (lambda a: jnp.roll(a[::-1], last, 0)) if _scans(kernel.LSTM, x.dtype) else by_itself,
     by_itself,
-    _of_kernel(forward[1]),
+    *_size(forward[1]),
   )
   both, seen = (jnp.stack([a, turn(a)], 1) for a in (x, valid[:, :, None]))
   weights = tuple(map(jnp.stack, zip(forward, backward, strict=True)))
@@ -130,7 +130,7 @@ def gru(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
   chex.assert_shape(valid, x.shape[:2])
-  scans = w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.shape[0], w_hh.dtype)
+  scans = w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.dtype)
   if _PLAIN.get() or scans:
     return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
   # r, z, and the two parts of n: the state's is multiplied by r
@@ -171,7 +171,7 @@ def attend_and_decode(
   """
   chex.assert_rank([given, states, keys, state, w_query, v, w_context], [3, 3, 3, 2, 2, 2, 2])
   fits = len(given) and attending.fits(states.shape[1], state.shape[1])
-  if _PLAIN.get() or not (fits and _accelerated(state.shape[1], w_query.dtype)):
+  if _PLAIN.get() or not (fits and _accelerated(w_query.dtype)):
     return attending.plain(given, states, keys, allowed, state, w_query, v, w_context)
   allowed = jnp.broadcast_to(jnp.asarray(allowed), states.shape[:2])
   run = parallel.by_rows(
@@ -190,12 +190,13 @@ def _decode(*args):
 
 
 def _decode_fwd(*args):
-  found = _by_platform(attending.forward, attending.forward, True, *args)
+  found = _by_platform(attending.forward, attending.forward, *_size(args[0][0], 1), *args)
   return found, (*args, found[0])
 
 
 def _decode_bwd(kept, cotangents):
-  return _by_platform(attending.backward, attending.backward, True, *kept, *cotangents)
+  size = _size(kept[0][0], 1)
+  return _by_platform(attending.backward, attending.backward, *size, *kept, *cotangents)
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd)
@@ -249,14 +250,9 @@ def _chunk_size(steps: int) -> int:
   return -(-steps // chunks)
 
 
-def _accelerated(hidden, dtype):
-  """Whether programs may be for an accelerator, and there is a kernel for such weights."""
-  return kernel.fits(hidden, dtype) and (_PORTABLE.get() or jax.default_backend() != "cpu")
-
-
-def _of_kernel(w):
-  """`_accelerated` for weights [..., 4H]."""
-  return _accelerated(w.shape[-1] // 4, w.dtype)
+def _accelerated(dtype):
+  """Whether programs may be for an accelerator, whose kernels know no float64."""
+  return dtype.itemsize <= 4 and (_PORTABLE.get() or jax.default_backend() != "cpu")
 
 
 def _scans(cell, dtype):
@@ -264,11 +260,19 @@ def _scans(cell, dtype):
   return cell is kernel.LSTM and dtype.itemsize >= 4
 
 
-def _by_platform(loop, kernel_of, accelerated, *args):
-  """`loop(*args)`; on accelerators, if there is a kernel, `kernel_of(*args, target=…)`."""
-  if not accelerated:
+def _size(w, gates=4):
+  """H and dtype of weights [..., gates * H]."""
+  return w.shape[-1] // gates, w.dtype
+
+
+def _by_platform(loop, kernel_of, hidden, dtype, *args):
+  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`."""
+  if not _accelerated(dtype):
     return loop(*args)
-  kernels = {target: functools.partial(kernel_of, target=target) for target in kernel.TARGETS}
+  kernels = {
+    platform: functools.partial(kernel_of, target=kernel.target_of(platform, hidden))
+    for platform in kernel.WIDEST
+  }
   return jax.lax.platform_dependent(*args, default=loop, **kernels)
 
 
@@ -282,7 +286,7 @@ def _chunked_fwd(x, valid, w, bias, cell, reverse):
   by_cell = functools.partial(kernel.forward, cell)
   loop = scan.forward if _scans(cell, w.dtype) else by_cell
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
-  *states, final = _by_platform(loop, of_kernel, _of_kernel(w), x, valid, w, bias)
+  *states, final = _by_platform(loop, of_kernel, *_size(w), x, valid, w, bias)
   return (states[0], final), (x, valid, w, bias, *states)
 
 
@@ -290,7 +294,7 @@ def _chunked_bwd(cell, reverse, kept, cotangents):
   by_cell = functools.partial(kernel.backward, cell)
   loop = scan.backward if _scans(cell, kept[2].dtype) else by_cell
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
-  d_x, d_w, d_bias = _by_platform(loop, of_kernel, _of_kernel(kept[2]), *kept, *cotangents)
+  d_x, d_w, d_bias = _by_platform(loop, of_kernel, *_size(kept[2]), *kept, *cotangents)
   return d_x, None, d_w, d_bias
 
 

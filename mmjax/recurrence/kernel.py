@@ -19,8 +19,9 @@ from mmjax.recurrence.sweep import LEAST, Planes, Sweep, sweep
 
 Array = jax.Array
 
-TARGETS = ("cuda", "tpu")
-WIDEST = 128  # the largest H; its weights, 256 KiB, come from cache in each step
+# The largest H of a kernel. On a GPU weights come from cache in each step, and a product holds H²
+# numbers of them in shared memory; on a TPU all 4H² lie in VMEM.
+WIDEST = {"cuda": 128, "tpu": 256}
 PADDING = -1e30  # in place of a gate's sum: this entry keeps its state
 
 
@@ -40,9 +41,9 @@ class Cell(NamedTuple):
   states: int
 
 
-def fits(hidden: int, dtype: Any) -> bool:
-  """Whether there is a kernel for that H and dtype of weights."""
-  return dtype.itemsize <= 4 and hidden <= WIDEST
+def target_of(platform: str, hidden: int) -> str:
+  """The `Sweep.target` for that H: a loop where it is too large for a kernel."""
+  return platform if hidden <= WIDEST[platform] else "loop"
 
 
 def _act(gates: Planes) -> Planes:
