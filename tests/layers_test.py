@@ -343,6 +343,22 @@ def test_towers_together_compute_what_each_does_alone():
   np.testing.assert_allclose(dropped[~gone], 10 * alone[1][1][~gone], rtol=1e-5)
 
 
+def test_what_towers_share_is_copied_forwards_and_not_where_gradients_are_handed_out():
+  """In every order: tangents are joined as what they belong to."""
+  inputs = [np.ones((2, width), np.float32) for width in (4, 4, 5)]
+  params = Towers(False).init(jax.random.key(0), inputs)
+
+  def loss(params):
+    return sum(jnp.sum(y**2) for y in Towers(False).apply(params, inputs))
+
+  def copies(function):
+    return len(jaxprs.named(jax.make_jaxpr(function)(params).jaxpr, "copied"))
+
+  assert copies(loss) == 3  # kernels, vectors, inputs
+  assert copies(jax.grad(loss)) == 3
+  assert copies(lambda params: jax.jvp(jax.grad(loss), (params,), (params,))) == 3 + 2
+
+
 class Norms(nn.Module):
   """Three norms of one array."""
 
