@@ -99,7 +99,7 @@ class _Block(nn.Module):
     y = nn.Dense(width, kernel_init=init, name="attention_output")(y)
     x = norm("attention_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
     y = nn.Dense(config.intermediate_size, kernel_init=init, name="intermediate")(x)
-    y = nn.Dense(width, kernel_init=init, name="output")(jax.nn.gelu(y, approximate=False))
+    y = nn.Dense(width, kernel_init=init, name="output")(layers.gelu(y))
     return norm("output_norm")(x + layers.Dropout(config.hidden_dropout_prob)(y))
 
 

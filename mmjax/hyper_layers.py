@@ -57,7 +57,7 @@ class Block(nn.Module):
   def __call__(self, x: Array, source: Array | None = None) -> Array:
     x = x + Attention(self.heads, name="attention")(x, x if source is None else source)
     y = layers.LayerNorm(name="norm")(x)
-    y = jax.nn.gelu(layers.Dense(self.hidden_size, name="linear_1")(y), approximate=False)
+    y = layers.gelu(layers.Dense(self.hidden_size, name="linear_1")(y))
     return x + layers.Dense(x.shape[-1], name="linear_2")(y)
 
 

@@ -63,7 +63,7 @@ class Mixer(nn.Module):
         f" {self.out}; only a block that projects can change a size."
       )
     y = _norm("norm")(x) if self.norm_first else x
-    y = jax.nn.gelu(layers.Dense(self.hidden, self.use_bias, name="fc1")(y), approximate=False)
+    y = layers.gelu(layers.Dense(self.hidden, self.use_bias, name="fc1")(y))
     y = layers.Dropout(self.dropout)(layers.Dense(self.out, self.use_bias, name="fc2")(y))
     y = y + (layers.Dense(self.out, use_bias=False, name="project")(x) if self.project else x)
     y = y if self.norm_first else _norm("norm")(y)

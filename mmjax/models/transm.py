@@ -45,7 +45,7 @@ class TransformerLayer(nn.Module):
     if memory is not None:
       y = attention("cross_attention")(x, memory, valid=memory_valid)
       x = layers.LayerNorm(name="norm2")(x + drop(y))
-    y = drop(jax.nn.gelu(layers.Dense(self.feedforward, name="linear1")(x), approximate=False))
+    y = drop(layers.gelu(layers.Dense(self.feedforward, name="linear1")(x)))
     return layers.LayerNorm(name="norm3")(x + drop(layers.Dense(width, name="linear2")(y)))
 
 
