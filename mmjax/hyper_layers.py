@@ -5,7 +5,6 @@ padding mask anywhere. Learnable tokens in front of a sequence gather what is ke
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mmjax import layers, torch_import, types
