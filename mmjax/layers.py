@@ -312,13 +312,17 @@ class GRU(nn.Module):
   recurrent_init: Callable | None = None
 
   @nn.compact
-  def __call__(self, x: Array, valid: Array) -> Array:
-    """x [B, L, D], valid [B, L] -> outputs [B, L, H], zero on padding."""
+  def weights(self, width: int) -> recurrence.GruWeights:
+    """(w_ih [D, 3H], w_hh [H, 3H], two biases [3H]) for D = `width`."""
     hidden, init = self.features, uniform(1 / math.sqrt(self.features))
-    w_ih = self.param("w_ih", init, (x.shape[-1], 3 * hidden))
+    w_ih = self.param("w_ih", init, (width, 3 * hidden))
     w_hh = self.param("w_hh", self.recurrent_init or init, (hidden, 3 * hidden))
     b_ih, b_hh = (self.param(name, init, (3 * hidden,)) for name in ("b_ih", "b_hh"))
-    return recurrence.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse=self.reverse)
+    return w_ih, w_hh, b_ih, b_hh
+
+  def __call__(self, x: Array, valid: Array) -> Array:
+    """x [B, L, D], valid [B, L] -> outputs [B, L, H], zero on padding."""
+    return recurrence.gru(x, valid, *self.weights(x.shape[-1]), reverse=self.reverse)
 
 
 class BiGRU(nn.Module):
@@ -332,11 +336,11 @@ class BiGRU(nn.Module):
   def __call__(self, x: Array, valid: Array) -> Array:
     """[B, L, D] -> [B, L, 2H]."""
     for n in range(self.depth):
-      both = [
-        GRU(self.features, name == "backward", self.recurrent_init, name=f"{name}_{n}")(x, valid)
-        for name in ("forward", "backward")
-      ]
-      x = jnp.concatenate(both, -1)
+      forward, backward = (
+        GRU(self.features, recurrent_init=self.recurrent_init, name=name).weights(x.shape[-1])
+        for name in (f"forward_{n}", f"backward_{n}")
+      )
+      x = jnp.concatenate(recurrence.bigru(x, valid, forward, backward), -1)
     return x
 
 

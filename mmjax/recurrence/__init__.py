@@ -21,6 +21,7 @@ from mmjax.recurrence import attending, kernel, scan
 
 Array = types.Array
 Weights = tuple[Array, Array, Array]
+GruWeights = tuple[Array, Array, Array, Array]
 
 _PLAIN = contextvars.ContextVar("mmjax_plain_recurrence", default=False)
 _PORTABLE = contextvars.ContextVar("mmjax_portable_recurrence", default=False)
@@ -130,18 +131,46 @@ def gru(
   """
   chex.assert_rank([x, valid, w_ih, w_hh, b_ih, b_hh], [3, 2, 2, 2, 1, 1])
   chex.assert_shape(valid, x.shape[:2])
-  scans = w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.dtype)
-  if _PLAIN.get() or scans:
+  if _gru_scans(w_hh):
     return scan.gru(x, valid, w_ih, w_hh, b_ih, b_hh, reverse)
-  # r, z, and the two parts of n: the state's is multiplied by r
+  steps, seen = x.swapaxes(0, 1), valid.T[:, :, None]
+  w, bias = _gru_weights(w_ih, w_hh, b_ih, b_hh)
+  states, _ = _in_chunks(steps.astype(w.dtype), seen, w, bias, kernel.GRU, reverse)
+  return jnp.where(seen, states, 0).swapaxes(0, 1)
+
+
+def bigru(x: Array, valid: Array, forward: GruWeights, backward: GruWeights) -> tuple[Array, Array]:
+  """Runs a GRU in each direction, on accelerators as one kernel.
+
+  Args:
+    x: [B, L, D].
+    valid: [B, L] bool.
+    forward, backward: (w_ih, w_hh, b_ih, b_hh) of each direction, see `gru`.
+
+  Returns:
+    Outputs (forward, backward), [B, L, H] each.
+  """
+  if _gru_scans(forward[1]):
+    return gru(x, valid, *forward), gru(x, valid, *backward, reverse=True)
+  w, bias = _gru_weights(*map(jnp.stack, zip(forward, backward, strict=True)))
+  steps, seen = x.swapaxes(0, 1).astype(w.dtype), valid.T[:, :, None]
+  both = (jnp.stack([a, a], 1) for a in (steps, seen))
+  states, _ = _in_chunks(*both, w, bias, kernel.GRU, False)
+  ahead, back = (jnp.where(seen, states[:, n], 0).swapaxes(0, 1) for n in range(2))
+  return ahead, back
+
+
+def _gru_scans(w_hh):
+  return _PLAIN.get() or (w_hh.dtype.itemsize >= 4 and not _accelerated(w_hh.dtype))
+
+
+def _gru_weights(w_ih, w_hh, b_ih, b_hh):
+  """w [..., D + H, 4H] and bias [..., 4H] of r, z, and the two parts of n: r scales the state's."""
   (w_rz, w_n), (u_rz, u_n), (b_rz, b_n), (c_rz, c_n) = (
-    jnp.split(a, [2 * w_hh.shape[0]], -1) for a in (w_ih, w_hh, b_ih, b_hh)
+    jnp.split(a, [2 * w_hh.shape[-2]], -1) for a in (w_ih, w_hh, b_ih, b_hh)
   )
   w = [[w_rz, w_n, jnp.zeros_like(w_n)], [u_rz, jnp.zeros_like(u_n), u_n]]
-  bias = jnp.concatenate([b_rz + c_rz, b_n, c_n])
-  steps, seen = x.swapaxes(0, 1), valid.T[:, :, None]
-  states, _ = _in_chunks(steps.astype(w_hh.dtype), seen, jnp.block(w), bias, kernel.GRU, reverse)
-  return jnp.where(seen, states, 0).swapaxes(0, 1)
+  return jnp.block(w), jnp.concatenate([b_rz + c_rz, b_n, c_n], -1)
 
 
 def attend_and_decode(
