@@ -256,17 +256,22 @@ def test_a_kernel_in_a_loss_with_a_meta_gradient_of_its_own(interpreted):
 
 
 @pytest.mark.parametrize(
-  ("interpreted", "reverse"), [("cuda", True), ("tpu", False)], indirect=["interpreted"]
+  ("interpreted", "case"), [("cuda", "backward"), ("tpu", "both")], indirect=["interpreted"]
 )
-def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, reverse, monkeypatch):
+def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, case, monkeypatch):
   x, valid, _, of_outputs, _ = draw(13, 9)
   random = np.random.default_rng(1)
   shapes = (D, 3 * H), (H, 3 * H), (3 * H,), (3 * H,)
-  weights = tuple(random.normal(size=shape) * 0.5 for shape in shapes)
+  weights = [tuple(random.normal(size=shape) * 0.5 for shape in shapes) for _ in range(2)]
 
   def loss(x, weights):
-    outputs = recurrence.gru(x.swapaxes(0, 1), valid.T, *weights, reverse=reverse)
-    return jnp.sum(jnp.sin(outputs) * of_outputs.swapaxes(0, 1))
+    rows = x.swapaxes(0, 1), valid.T
+    if case == "both":
+      ahead, back = recurrence.bigru(*rows, *weights)
+    else:
+      back = recurrence.gru(*rows, *weights[1], reverse=True)
+      ahead = jnp.zeros_like(back)
+    return jnp.sum((jnp.cos(2 * ahead) + jnp.sin(back)) * of_outputs.swapaxes(0, 1))
 
   all_of = all_orders(loss)
   with jax.enable_x64(True):
@@ -274,6 +279,8 @@ def test_a_gru_of_kernels_equals_its_plain_scan(interpreted, reverse, monkeypatc
     monkeypatch.setattr(recurrence, "_accelerated", lambda *_: True)
     found = jax.jit(lambda *args: all_of(*args))(x, weights)
   assert_close(found, expected)
+  kernels = jaxprs.named(jax.make_jaxpr(lambda *args: loss(*args))(x, weights).jaxpr, "sweep")
+  assert len(kernels) == 1
 
 
 def draw_decoder(steps=19, length=7, rows=B):

@@ -152,7 +152,8 @@ def bigru(x: Array, valid: Array, forward: GruWeights, backward: GruWeights) -> 
   """
   if _gru_scans(forward[1]):
     return gru(x, valid, *forward), gru(x, valid, *backward, reverse=True)
-  w, bias = _gru_weights(*map(jnp.stack, zip(forward, backward, strict=True)))
+  w_ih, w_hh, b_ih, b_hh = (jnp.stack(both) for both in zip(forward, backward, strict=True))
+  w, bias = _gru_weights(w_ih, w_hh, b_ih, b_hh)
   steps, seen = x.swapaxes(0, 1).astype(w.dtype), valid.T[:, :, None]
   both = (jnp.stack([a, a], 1) for a in (steps, seen))
   states, _ = _in_chunks(*both, w, bias, kernel.GRU, False)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
@@ -250,7 +251,7 @@ def _shapes(*arrays, how, sizes, maps):
     shapes = [shape[is_mapped:] for shape, is_mapped in zip(shapes, mapped, strict=True)]
   (weights, *_), (inputs, *_), _ = _grouped(shapes, sizes)
   return [
-    jax.core.ShapedArray((*axes, *inputs[:-1], planes * weights[1]), dtype)
+    core.ShapedArray((*axes, *inputs[:-1], planes * weights[1]), dtype)
     for planes, dtype in how.outputs
   ]
 
