@@ -155,8 +155,8 @@ def bigru(x: Array, valid: Array, forward: GruWeights, backward: GruWeights) -> 
   w_ih, w_hh, b_ih, b_hh = (jnp.stack(both) for both in zip(forward, backward, strict=True))
   w, bias = _gru_weights(w_ih, w_hh, b_ih, b_hh)
   steps, seen = x.swapaxes(0, 1).astype(w.dtype), valid.T[:, :, None]
-  both = (jnp.stack([a, a], 1) for a in (steps, seen))
-  states, _ = _in_chunks(*both, w, bias, kernel.GRU, False)
+  twice, seen_twice = (jnp.stack([a, a], 1) for a in (steps, seen))
+  states, _ = _in_chunks(twice, seen_twice, w, bias, kernel.GRU, False)
   ahead, back = (jnp.where(seen, states[:, n], 0).swapaxes(0, 1) for n in range(2))
   return ahead, back
 
