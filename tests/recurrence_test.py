@@ -11,7 +11,7 @@ import pytest
 import jaxprs
 import models_test
 from mmjax import masking, meta, models, parallel, recurrence
-from mmjax.recurrence import kernel
+from mmjax.recurrence import kernel, sweep
 
 B, D, H = 4, 3, 5
 
@@ -221,9 +221,15 @@ def interpreted(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("interpreted", "case"), [("cuda", "both"), ("tpu", "backward")], indirect=["interpreted"]
+  ("interpreted", "case", "resident"),
+  [("cuda", "both", False), ("tpu", "backward", True)],
+  indirect=["interpreted"],
 )
-def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(case, interpreted):
+def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(
+  case, interpreted, resident, monkeypatch
+):
+  if not resident:  # as large weights are not
+    monkeypatch.setattr(sweep, "RESIDENT_BYTES", 0)
   x, valid, weights, *scales = draw(13, 9)
   all_of = all_orders(make_loss(case, valid, *scales))
   with jax.enable_x64(True):

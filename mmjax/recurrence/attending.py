@@ -89,13 +89,13 @@ def step(weights, state, given, keys, states, energy, of_energy):
     of_energy: [B, H], the same in all rows.
   """
   (w_query,), w_context = weights
-  query = jnp.tanh(times(state, w_query, 0)[:, None] + keys)
+  query = jnp.tanh(times(state, w_query)[:, None] + keys)
   found = (query * of_energy[:, None]).sum(2, keepdims=True)
   energy = jnp.where(energy > UNSEEN / 2, found, energy)
   attention = jnp.exp(energy - jax.lax.stop_gradient(energy.max(1, keepdims=True)))
   attention = attention / attention.sum(1, keepdims=True)
   context = (attention * states).sum(1)
-  gates = [a + times(context, w, 0) for a, w in zip(given, w_context, strict=True)]
+  gates = [a + times(context, w) for a, w in zip(given, w_context, strict=True)]
   i, g, o = (gates[n::3] for n in range(3))
   ahead, back = (
     jax.nn.sigmoid(o[n]) * jnp.tanh(jax.nn.sigmoid(i[n]) * jnp.tanh(g[n])) for n in range(2)

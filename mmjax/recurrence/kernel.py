@@ -31,7 +31,8 @@ class Cell(NamedTuple):
   Attributes:
     forward: the step, see `Sweep`: its weights are of the state before, its inputs the gates' sums
       without that state.
-    backward: the step of the gradient for the gates' sums; inputs: those sums, the last of the
+    backward: the step of the gradient for the gates' sums, whose weights are those of `forward`,
+      each transposed; inputs: those sums, the last of the
       states before the step, and the gradient for h.
     states: the number of planes that are its state, h first.
   """
@@ -51,9 +52,9 @@ def _act(gates: Planes) -> Planes:
   return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
 
 
-def times(a: Array, w: Array, axis: int) -> Array:
-  """a @ w (axis 0 of w) or a @ wᵀ (1) in the dtype of the weights, summed up in that of a."""
-  axes = (((1,), (axis,)), ((), ()))
+def times(a: Array, w: Array) -> Array:
+  """a @ w in the dtype of the weights, summed up in that of a."""
+  axes = (((1,), (0,)), ((), ()))
   return jax.lax.dot_general(a.astype(w.dtype), w, axes, preferred_element_type=a.dtype)
 
 
@@ -61,7 +62,7 @@ def lstm_forward(weights, carry, inputs):
   """(h, c) before the step and the gates' sums without h -> (h, c), an output too."""
   (w,), (h, c), (gates,) = weights, carry, inputs
   valid = gates[0] > PADDING / 2
-  i, f, g, o = _act(tuple(a + times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True)))
+  i, f, g, o = _act(tuple(a + times(h, w_q) for a, w_q in zip(gates, w, strict=True)))
   c_next = f * c + i * g
   h_next = o * jnp.tanh(c_next)
   carry = jnp.where(valid, h_next, h), jnp.where(valid, c_next, c)
@@ -83,7 +84,7 @@ def lstm_backward(weights, carry, inputs):
     d_h * tanh_c * o * (1 - o),
   )
   d_gates = tuple(jnp.where(valid, d, 0) for d in d_gates)
-  i_back, f_back, g_back, o_back = (times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
+  i_back, f_back, g_back, o_back = (times(d, w_q) for d, w_q in zip(d_gates, w, strict=True))
   back = i_back + f_back + g_back + o_back
   return (jnp.where(valid, back, d_h), jnp.where(valid, d_next * f, d_c)), [d_gates]
 
@@ -92,7 +93,7 @@ def gru_forward(weights, carry, inputs):
   """The gates' sums are of r, z, and the two parts of n, of x and of h."""
   (w,), (h,), (gates,) = weights, carry, inputs
   valid = gates[0] > PADDING / 2
-  r, z, x_n, h_n = (a + times(h, w_q, 0) for a, w_q in zip(gates, w, strict=True))
+  r, z, x_n, h_n = (a + times(h, w_q) for a, w_q in zip(gates, w, strict=True))
   z = jax.nn.sigmoid(z)
   h_next = (1 - z) * jnp.tanh(x_n + jax.nn.sigmoid(r) * h_n) + z * h
   carry = (jnp.where(valid, h_next, h),)
@@ -109,7 +110,7 @@ def gru_backward(weights, carry, inputs):
   d_n = d_h * (1 - z) * (1 - n * n)
   d_gates = d_n * h_n * r * (1 - r), d_h * (h - n) * z * (1 - z), d_n, d_n * r
   d_gates = tuple(jnp.where(valid, d, 0) for d in d_gates)
-  r_back, z_back, _, n_back = (times(d, w_q, 1) for d, w_q in zip(d_gates, w, strict=True))
+  r_back, z_back, _, n_back = (times(d, w_q) for d, w_q in zip(d_gates, w, strict=True))
   return (jnp.where(valid, r_back + z_back + n_back + d_h * z, d_h),), [d_gates]
 
 
@@ -168,7 +169,7 @@ def backward(cell, x, valid, w, bias, *states, reverse, target="loop", interpret
   opposite = tuple(not turned for turned in backwards)
   how = Sweep(cell.backward, cell.states, ((4, w.dtype),), opposite, chunk, target, interpret)
   wide = [columns(a.astype(gates.dtype), 1) for a in (_before(last, backwards), d_states)]
-  (d_gates,) = sweep(how, [_square(w, width, hidden)], [gates, *wide])
+  (d_gates,) = sweep(how, [_transposed(_square(w, width, hidden))], [gates, *wide])
   d_x = jnp.einsum("glbm,gkm->glbk", d_gates, w[:, :width])[:, :, :batch].swapaxes(0, 1)
   d_w = jnp.einsum("glbk,glbm->gkm", inputs, d_gates, preferred_element_type=gates.dtype)
   d_w = d_w.reshape(*d_w.shape[:2], 4, -1)[..., :hidden].reshape(*d_w.shape[:2], 4 * hidden)
@@ -205,6 +206,11 @@ def _square(w, width, hidden):
   """[G, D + H (+ 1), 4H'] -> what h is multiplied by, [G, H', 4H']."""
   w = w[:, width : width + hidden]
   return jnp.pad(w, ((0, 0), (0, w.shape[-1] // 4 - hidden), (0, 0)))
+
+
+def _transposed(w):
+  """[G, H', 4H'], each of the four on its own."""
+  return w.reshape(*w.shape[:2], 4, -1).swapaxes(1, 3).reshape(w.shape)
 
 
 def _before(states, backwards):

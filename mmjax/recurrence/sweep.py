@@ -4,7 +4,8 @@
              seeds and tasks.
   carry      in registers. A TPU's grid runs in order: from one chunk of steps to the next the carry
              waits in scratch memory. On a GPU there is one chunk.
-  weights    loaded once, before the loop, where registers hold them; else in each step, from cache.
+  weights    loaded once, before the loop, where registers hold them; else in each step, from cache,
+             each where a product reads it.
   inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
              GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
              them lies in VMEM, and the next is fetched meanwhile.
@@ -31,7 +32,7 @@ from jax import core
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
-from jax.extend.core import Primitive
+from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
@@ -122,14 +123,17 @@ def _kernel(
     numbers = len(weights), len(inputs), len(rows), len(how.outputs), kept
     w_refs, in_refs, row_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
     turned = backwards(pl.program_id(0))
-    load = lambda: [tuple(ref[:, q] for q in _parts(ref.shape[1], width)) for ref in w_refs]  # noqa: E731
-    loaded = load() if resident else None
+    places = [[(ref, part) for part in _parts(ref.shape[1], width)] for ref in w_refs]
+    step = _late(how.step, places)
+    if resident:
+      loaded = [tuple(ref[:, part] for ref, part in planes) for planes in places]
+      step = functools.partial(how.step, loaded)
 
     def body(k, carry):
       t = jnp.where(turned, size - 1 - k, k)
       now = [tuple(ref[t, :, part] for part in _parts(ref.shape[2], width)) for ref in in_refs]
       of_all = [ref[...] for ref in row_refs]
-      carry, outputs = how.step(loaded or load(), carry, now, *of_all)
+      carry, outputs = step(carry, now, *of_all)
       for ref, planes in zip(out_refs, outputs, strict=True):
         for part, plane in zip(_parts(ref.shape[2], width), planes, strict=True):
           ref[t, :, part] = plane.astype(ref.dtype)
@@ -167,6 +171,48 @@ def _kernel(
 def _parts(size, width):
   """Where the planes are on an axis of that size."""
   return [slice(start, start + width) for start in range(0, size, width)]
+
+
+def _late(step, places):
+  """`step` of weights that are loaded where they are read: registers do not hold all at once.
+
+  Args:
+    step: see `Sweep`.
+    places: of each of the weights, of each plane, where it is: (reference, columns).
+
+  Returns:
+    A function of the other arguments of `step`.
+  """
+  every = [place for planes in places for place in planes]
+
+  def run(*args):
+    weights = [
+      tuple(jax.ShapeDtypeStruct((ref.shape[0],) * 2, ref.dtype) for ref, _ in planes)
+      for planes in places
+    ]
+    traced, shape = jax.make_jaxpr(step, return_shape=True)(weights, *args)
+    jaxpr, values = traced.jaxpr, {}
+    assert not traced.consts, "a step reads what it is given"
+    late = dict(zip(jaxpr.invars, every, strict=False))
+    values |= zip(jaxpr.invars[len(every) :], jax.tree.leaves(args), strict=True)
+
+    def read(v):
+      if isinstance(v, Literal):
+        return v.val
+      if v in late:
+        ref, columns = late[v]
+        return ref[:, columns]
+      return values[v]
+
+    for equation in jaxpr.eqns:
+      params = equation.primitive.get_bind_params(equation.params)
+      found = equation.primitive.bind(*map(read, equation.invars), **params)
+      values |= zip(
+        equation.outvars, found if equation.primitive.multiple_results else [found], strict=True
+      )
+    return jax.tree.unflatten(jax.tree.structure(shape), list(map(read, jaxpr.outvars)))
+
+  return run
 
 
 def _tile(how, inputs, rows, batch, width):
