@@ -155,17 +155,32 @@ def test_kernels_are_traced_where_they_may_run(dtype, elsewhere, kernels):
   assert bool(jaxprs.named(jaxpr.jaxpr, "sweep")) == kernels
 
 
-@pytest.mark.parametrize(
-  ("hidden", "targets"), [(128, {"cuda", "tpu"}), (256, {"loop", "tpu"}), (257, {"loop"})]
-)
-def test_what_is_too_wide_for_a_kernel_is_a_loop_without_conditions(hidden, targets):
-  """Of which each would make a GPU wait for its host."""
+@pytest.mark.parametrize(("hidden", "kernels"), [(128, 2), (256, 1), (257, 0)])
+def test_what_is_too_wide_for_a_kernel_is_a_loop_without_conditions(hidden, kernels):
+  """Of which each would make a GPU wait for its host: only what is for a CPU skips padding."""
   shapes = (3, B, D), (D, 4 * hidden), (hidden, 4 * hidden), (4 * hidden,)
   x, *weights = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
   with recurrence.portable():
-    jaxpr = jax.make_jaxpr(recurrence.lstm)(x, jax.ShapeDtypeStruct((3, B), bool), *weights)
-  sweeps = jaxprs.named(jaxpr.jaxpr, "sweep")
-  assert {sweep.params["how"].target for sweep in sweeps} == targets
+    jaxpr = jax.make_jaxpr(recurrence.lstm)(x, jax.ShapeDtypeStruct((3, B), bool), *weights).jaxpr
+  assert len(jaxprs.named(jaxpr, "sweep")) == kernels
+  by_platform, *skipping = jaxprs.named(jaxpr, "cond")
+  assert len(by_platform.params["branches"]) == 3
+  assert len(skipping) == 1
+  assert len(jaxprs.named(jaxpr, "scan")) == 2 * (3 - kernels)  # over chunks, and over steps
+
+
+def test_a_loop_that_skips_nothing_computes_the_same(monkeypatch):
+  def run(loop, kernel_of, hidden, dtype, *args):
+    del kernel_of, hidden, dtype
+    return loop(*args, skip=False)
+
+  x, valid, weights, *scales = draw(13, 4)
+  all_of = all_orders(make_loss("both", valid, *scales))
+  with jax.enable_x64(True):
+    expected = jax.jit(all_of)(x, weights)
+    monkeypatch.setattr(recurrence, "_by_platform", run)
+    found = jax.jit(lambda *args: all_of(*args))(x, weights)
+  assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "portable"])

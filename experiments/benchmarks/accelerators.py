@@ -356,7 +356,8 @@ def training_step(
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
   Dropout is off and masks are drawn beforehand, as in the benchmark of times. The rows of a system
-  that reads conversations are those of one. The devices of the mesh share the rows. Several seeds are one program: each has arguments of its own.
+  that reads conversations are those of one. The devices of the mesh share the rows. Several seeds
+  are one program: each has arguments of its own.
   """
   batch, spec = cases.make_batch(setting, 2 * setting.rows), make_spec(setting)
   if system.conversations:  # two, one to adapt to

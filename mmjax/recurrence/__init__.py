@@ -95,7 +95,7 @@ def bilstm(
   by_itself = lambda a, **_: a  # noqa: E731 - kernels turn round
   turn = functools.partial(  # its own inverse
     _by_platform,
-    (lambda a: jnp.roll(a[::-1], last, 0)) if _scans(kernel.LSTM, x.dtype) else by_itself,
+    (lambda a, **_: jnp.roll(a[::-1], last, 0)) if _scans(kernel.LSTM, x.dtype) else by_itself,
     by_itself,
     *_size(forward[1]),
   )
@@ -290,18 +290,26 @@ def _scans(cell, dtype):
   return cell is kernel.LSTM and dtype.itemsize >= 4
 
 
+def _unskipped(run, *args, skip=False, **options):
+  """`run`, which skips nothing anyway."""
+  del skip
+  return run(*args, **options)
+
+
 def _size(w, gates=4):
   """H and dtype of weights [..., gates * H]."""
   return w.shape[-1] // gates, w.dtype
 
 
 def _by_platform(loop, kernel_of, hidden, dtype, *args):
-  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`."""
+  """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, unless H is too large for it."""
   if not _accelerated(dtype):
     return loop(*args)
   kernels = {
-    platform: functools.partial(kernel_of, target=kernel.target_of(platform, hidden))
-    for platform in kernel.WIDEST
+    platform: functools.partial(kernel_of, target=platform)
+    if hidden <= widest
+    else functools.partial(loop, skip=False)
+    for platform, widest in kernel.WIDEST.items()
   }
   return jax.lax.platform_dependent(*args, default=loop, **kernels)
 
@@ -314,7 +322,7 @@ def _chunked(x, valid, w, bias, cell, reverse):
 
 def _chunked_fwd(x, valid, w, bias, cell, reverse):
   by_cell = functools.partial(kernel.forward, cell)
-  loop = scan.forward if _scans(cell, w.dtype) else by_cell
+  loop = scan.forward if _scans(cell, w.dtype) else functools.partial(_unskipped, by_cell)
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
   *states, final = _by_platform(loop, of_kernel, *_size(w), x, valid, w, bias)
   return (states[0], final), (x, valid, w, bias, *states)
@@ -322,7 +330,7 @@ def _chunked_fwd(x, valid, w, bias, cell, reverse):
 
 def _chunked_bwd(cell, reverse, kept, cotangents):
   by_cell = functools.partial(kernel.backward, cell)
-  loop = scan.backward if _scans(cell, kept[2].dtype) else by_cell
+  loop = scan.backward if _scans(cell, kept[2].dtype) else functools.partial(_unskipped, by_cell)
   loop, of_kernel = (functools.partial(run, reverse=reverse) for run in (loop, by_cell))
   d_x, d_w, d_bias = _by_platform(loop, of_kernel, *_size(kept[2]), *kept, *cotangents)
   return d_x, None, d_w, d_bias

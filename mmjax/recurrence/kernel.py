@@ -42,11 +42,6 @@ class Cell(NamedTuple):
   states: int
 
 
-def target_of(platform: str, hidden: int) -> str:
-  """The `Sweep.target` for that H: a loop where it is too large for a kernel."""
-  return platform if hidden <= WIDEST[platform] else "loop"
-
-
 def _act(gates: Planes) -> Planes:
   i, f, g, o = gates
   return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)

@@ -4,8 +4,8 @@ The derivative of a plain `lax.scan` keeps every gate of every step and adds up 
 gradients step by step. Here the forward pass keeps the states alone; the backward pass recomputes
 the gates of a chunk of steps in one matrix product and gets the weights' gradients of a chunk in
 another, so that only dgates @ w_hhᵀ waits its turn. Chunks that are padding in all rows are
-skipped. It is ordinary differentiable code: second derivatives go through it, and recompute one
-chunk at a time.
+skipped, but not on a GPU, which each condition would make wait for its host. It is ordinary
+differentiable code: second derivatives go through it, and recompute one chunk at a time.
 
 Shapes: x [N, T, (G,) B, D], valid [N, T, (G,) B, 1] in N chunks of T steps; w [(G,) D + H, 4H],
 bias [(G,) 4H]; G are LSTMs that run at once.
@@ -55,17 +55,17 @@ def _scan(carry, x, valid, w, bias, reverse):
   return jax.lax.scan(step, carry, (x, valid), reverse=reverse)
 
 
-def _unless_padding(run, rest):
+def _unless_padding(run, rest, skip):
   """A chunk `(carry, (x, valid, …))`, recomputed when differentiated: `rest` if all is padding."""
 
   @jax.checkpoint
   def chunk(carry, inputs):
-    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs)
+    return jax.lax.cond(inputs[1].any(), run, rest, carry, inputs) if skip else run(carry, inputs)
 
   return chunk
 
 
-def forward(x, valid, w, bias, reverse):
+def forward(x, valid, w, bias, reverse, skip=True):
   """-> h and c after each step, [N, T, (G,) B, H] each, and the final h, [(G,) B, H]."""
 
   def run(carry, inputs):
@@ -75,7 +75,7 @@ def forward(x, valid, w, bias, reverse):
   def rest(carry, inputs):
     return carry, jax.tree.map(lambda a: jnp.broadcast_to(a, (x.shape[1], *a.shape)), carry)
 
-  chunk = _unless_padding(run, rest)
+  chunk = _unless_padding(run, rest, skip)
   (final, _), (h, c) = jax.lax.scan(chunk, _start(x, w), (x, valid), reverse=reverse)
   return h, c, final
 
@@ -95,7 +95,7 @@ def _outer(x, d):
   return x.reshape(-1, x.shape[-1]).T @ d.reshape(-1, d.shape[-1])
 
 
-def backward(x, valid, w, bias, h, c, d_states, d_final, reverse):
+def backward(x, valid, w, bias, h, c, d_states, d_final, reverse, skip=True):
   """The gradients for x, w and bias, given those for h after each step and for the final h."""
   back_to_x, back_to_h = jnp.split(w.mT, [x.shape[-1]], axis=-1)
 
@@ -135,7 +135,7 @@ def backward(x, valid, w, bias, h, c, d_states, d_final, reverse):
   zeros = jax.tree.map(jnp.zeros_like, (w, bias))
   start = ((d_final, jnp.zeros_like(d_final)), zeros)
   inputs = (x, valid, _before(h, reverse), _before(c, reverse), d_states)
-  chunk = _unless_padding(run, rest)
+  chunk = _unless_padding(run, rest, skip)
   (_, (d_w, d_bias)), d_x = jax.lax.scan(chunk, start, inputs, reverse=not reverse)
   return d_x, d_w, d_bias
 
