@@ -254,9 +254,11 @@ def test_a_kernel_equals_the_plain_scan_to_the_second_derivative(
   assert_close(found, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("interpreted", ["cuda"], indirect=True)
 def test_a_kernel_in_a_loss_with_a_meta_gradient_of_its_own(interpreted):
   """Second order around that: scans and checkpoints that hold kernels are differentiated again."""
-  x, valid, weights, *scales = draw(7)
+  x, valid, weights, *scales = draw(2)
   loss = make_loss("both", valid, *scales)
 
   def adapted_loss(x, weights):
