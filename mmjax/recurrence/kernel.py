@@ -31,9 +31,9 @@ class Cell(NamedTuple):
   Attributes:
     forward: the step, see `Sweep`: its weights are of the state before, its inputs the gates' sums
       without that state.
-    backward: the step of the gradient for the gates' sums, whose weights are those of `forward`,
-      each transposed; inputs: those sums, the last of the
-      states before the step, and the gradient for h.
+    backward: the step of the gradient for the gates' sums: its weights are those of `forward`, each
+      transposed, its inputs those sums, the last of the states before the step, and the gradient
+      for h.
     states: the number of planes that are its state, h first.
   """
 
