@@ -4,7 +4,7 @@ The derivative of a plain `lax.scan` keeps every gate of every step and adds up 
 gradients step by step. Here the forward pass keeps the states alone; the backward pass recomputes
 the gates of a chunk of steps in one matrix product and gets the weights' gradients of a chunk in
 another, so that only dgates @ w_hhᵀ waits its turn. Chunks that are padding in all rows are
-skipped, but not on a GPU, which each condition would make wait for its host. It is ordinary
+skipped, but not on an accelerator: a GPU would wait for its host at each condition. It is ordinary
 differentiable code: second derivatives go through it, and recompute one chunk at a time.
 
 Shapes: x [N, T, (G,) B, D], valid [N, T, (G,) B, 1] in N chunks of T steps; w [(G,) D + H, 4H],
