@@ -7,7 +7,7 @@ padding mask anywhere. Learnable tokens in front of a sequence gather what is ke
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mmjax import layers, torch_import, types
+from mmjax import batched, layers, torch_import, types
 
 Array = types.Array
 HEAD = 64  # width of a head, whatever the model's width
@@ -32,11 +32,11 @@ class Attention(nn.Module):
   def __call__(self, target: Array, source: Array) -> Array:
     width, inner = target.shape[-1], self.heads * HEAD
 
-    normed = layers.together(
+    normed = batched.together(
       [layers.LayerNorm(name=f"norm_{name}") for name in "qkv"],
       [(target,), (source,), (source,)],
     )
-    q, k, v = layers.together(
+    q, k, v = batched.together(
       [layers.Dense(inner, use_bias=False, name=f"to_{name}") for name in "qkv"],
       [(x,) for x in normed],
     )
@@ -102,12 +102,12 @@ class HyperLearning(nn.Module):
   def __call__(self, text: Array, audio: Array, vision: Array, hyper: Array) -> Array:
     """Text and hyper [B, T, D], audio and vision [B, N, D] -> hyper [B, T, D]."""
     width = hyper.shape[-1]
-    text, audio, vision, hyper = layers.together(
+    text, audio, vision, hyper = batched.together(
       [layers.LayerNorm(name=f"norm{n}") for n in range(1, 5)],
       [(x,) for x in (text, audio, vision, hyper)],
     )
     asked = {"to_q": text, "to_k_ta": audio, "to_k_tv": vision, "to_v_ta": audio, "to_v_tv": vision}
-    q, *found = layers.together(
+    q, *found = batched.together(
       [layers.Dense(width, use_bias=False, name=name) for name in asked],
       [(x,) for x in asked.values()],
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxprs
-from mmjax import layers, torch_import, types
+from mmjax import batched, layers, torch_import, types
 
 LENGTHS = np.array([5, 1, 7, 3])
 B, L, D, H = len(LENGTHS), LENGTHS.max(), 3, 4
@@ -311,7 +311,7 @@ class Towers(nn.Module):
     args = [(x,) for x in inputs]
     if self.alone:
       return [tower(*given) for tower, given in zip(towers, args, strict=True)]
-    return layers.together(towers, args)
+    return batched.together(towers, args)
 
 
 def test_towers_together_compute_what_each_does_alone():
@@ -367,7 +367,7 @@ class Norms(nn.Module):
   @nn.compact
   def __call__(self, x):
     norms = [layers.LayerNorm(name=f"norm_{n}") for n in range(3)]
-    return [norm(x) for norm in norms] if self.alone else layers.together(norms, [(x,)] * 3)
+    return [norm(x) for norm in norms] if self.alone else batched.together(norms, [(x,)] * 3)
 
 
 def test_towers_of_one_array_read_it_once_and_copy_their_vectors_at_once(x):

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mmjax import batched, hyper_layers, layers, losses, masking, systems, torch_import, types
 from mmjax import bert as bert_lib
-from mmjax import hyper_layers, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 
@@ -72,7 +72,7 @@ class Almt(nn.Module):
     projected = [
       (layers.Dense(self.size, name=f"project_{name}")(x),) for name, x in inputs.items()
     ]
-    for name, states in zip(inputs, layers.together(embed, projected), strict=True):
+    for name, states in zip(inputs, batched.together(embed, projected), strict=True):
       out[f"embedded_{name}"] = states[-1]
       kept[name] = out[f"embedded_{name}"][:, : self.tokens]
     scales = hyper_layers.TokenTransformer(

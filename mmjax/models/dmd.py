@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax import batched, crossmodal, layers, losses, systems, types
 from mmjax import bert as bert_lib
-from mmjax import crossmodal, layers, losses, systems, types
 from mmjax.models import mult
 
 Array = types.Array
@@ -105,7 +105,7 @@ class Dmd(nn.Module):
       low, out[f"repr_homo_{name}"] = self._residual(f"{name}_low", self.size)(by_step)
       out[f"scores_homo_{name}"] = self._scores(f"{name}_low_out", low)
 
-    attended = layers.together(
+    attended = batched.together(
       [mult.transformer(self, f"{m}_attention", self.depth, m, positions=True) for m in ORDER],
       [(out[f"shared_{m}"],) for m in ORDER],
     )

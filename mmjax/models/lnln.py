@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmjax import batched, hyper_layers, layers, losses, masking, systems, torch_import, types
 from mmjax import bert as bert_lib
-from mmjax import hyper_layers, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 ORDER = ("audio", "vision", "text")  # of the reconstructed tokens
@@ -46,7 +46,7 @@ class Embedding(nn.Module):
       projected.append((layers.Dense(self.size, name=f"project_{name}")(x),))
       shape = self.depth, self.heads, self.hidden_size, self.tokens
       embed.append(hyper_layers.TokenTransformer(*shape, name=f"embed_{name}"))
-    found = layers.together(embed, projected)
+    found = batched.together(embed, projected)
     for name, states in zip(types.MODALITIES, found, strict=True):
       out[f"embedded_{name}"] = states[-1]
       out[name] = out[f"embedded_{name}"][:, : self.tokens]
@@ -125,7 +125,7 @@ class Lnln(nn.Module):
       out |= {f"{name}_complete": value for name, value in complete.items()}
     if train and self.reconstruction:
       towers = [self._transformer("reconstructor", name) for name in ORDER]
-      restored = layers.together(towers, [(out[name],) for name in ORDER])
+      restored = batched.together(towers, [(out[name],) for name in ORDER])
       out["reconstructed"] = jnp.concatenate([states[-1] for states in restored], 1)
       out["complete"] = jnp.concatenate([complete[name] for name in ORDER], 1)
     if train and self.correction:

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax import batched, crossmodal, layers, losses, masking, systems, torch_import, types
 from mmjax import bert as bert_lib
-from mmjax import crossmodal, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 MEMORY_DEPTH = 3  # at least
@@ -106,7 +106,7 @@ def exchange(
     step [B, 2D].
   """
   pairs = [(t, s) for t in targets for s in types.MODALITIES if s != t]
-  found = layers.together(
+  found = batched.together(
     [
       transformer(network, f"{t}_with_{s}", network.depth, s, positions=positions) for t, s in pairs
     ],
@@ -114,7 +114,7 @@ def exchange(
   )
   out = {f"{t}_with_{s}": value for (t, s), value in zip(pairs, found, strict=True)}
   depth = max(network.depth, MEMORY_DEPTH)
-  memory = layers.together(
+  memory = batched.together(
     [transformer(network, f"{t}_memory", depth, "text", positions=positions) for t in targets],
     [
       (jnp.concatenate([out[f"{t}_with_{s}"] for target, s in pairs if target == t], -1),)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mmjax import batched, crossmodal, layers, masking, systems, torch_import, types
 from mmjax import bert as bert_lib
-from mmjax import crossmodal, layers, masking, systems, torch_import, types
 from mmjax.models import self_mm
 
 Array = types.Array
@@ -78,7 +78,7 @@ class Tetfn(nn.Module):
     dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
     pairs = [(t, s) for t in types.MODALITIES for s in types.MODALITIES if s != t]
     asked = [pair for pair in pairs if "text" in pair]
-    found = layers.together(
+    found = batched.together(
       [self._transformer(f"{t}_with_{s}", 2, dropout[s]) for t, s in asked],
       [(x[t], x[s]) for t, s in asked],
     )
@@ -92,10 +92,10 @@ class Tetfn(nn.Module):
       ]
       for part, depth in (("lower", 1), ("upper", 2))
     )
-    found = layers.together(lower, [(x[s], x["text"]) for _, s in mediated])
-    found = layers.together(upper, [(x[t], y) for (t, _), y in zip(mediated, found, strict=True)])
+    found = batched.together(lower, [(x[s], x["text"]) for _, s in mediated])
+    found = batched.together(upper, [(x[t], y) for (t, _), y in zip(mediated, found, strict=True)])
     out |= {f"{t}_with_{s}": value for (t, s), value in zip(mediated, found, strict=True)}
-    memory = layers.together(
+    memory = batched.together(
       [self._transformer(f"{t}_memory", 2, dropout["text"]) for t in types.MODALITIES],
       [
         (jnp.concatenate([out[f"{t}_with_{s}"] for target, s in pairs if target == t], -1),)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mmjax import batched, crossmodal, layers, losses, masking, systems, torch_import, types
 from mmjax import bert as bert_lib
-from mmjax import crossmodal, layers, losses, masking, systems, torch_import, types
 
 Array = types.Array
 LETTERS = {"text": "l", "audio": "a", "vision": "v"}
@@ -114,7 +114,7 @@ class TfrNet(nn.Module):
       out[f"projected_{name}"] = x[name]
 
     dropout: dict[str, float] = dict(zip(types.MODALITIES, self.attention_dropout, strict=True))
-    memory = layers.together(
+    memory = batched.together(
       [
         self._transformer(f"{name}_memory", self.heads, self.memory_depth, dropout["text"])
         for name in types.MODALITIES
@@ -122,7 +122,7 @@ class TfrNet(nn.Module):
       [(x[name],) for name in types.MODALITIES],
     )
     pairs = [(t, s) for t in types.MODALITIES for s in types.MODALITIES if s != t]
-    found = layers.together(
+    found = batched.together(
       [self._transformer(f"{t}_with_{s}", self.heads, self.depth, dropout[s]) for t, s in pairs],
       [(x[t], x[s]) for t, s in pairs],
     )
@@ -145,7 +145,7 @@ class TfrNet(nn.Module):
       # as published: features are the batch, samples the steps, and steps the channels
       channels.append((h.transpose(2, 0, 1),))
     if generate:
-      for name, final in zip(types.MODALITIES, layers.together(towers, channels), strict=True):
+      for name, final in zip(types.MODALITIES, batched.together(towers, channels), strict=True):
         final = final.transpose(1, 2, 0)
         clean = encode(masking.complete(batch)) if name == "text" else getattr(batch, name).x
         restore = layers.Dense(clean.shape[-1], name=f"generate_{name}")
