@@ -44,7 +44,7 @@ from jax import core
 from jax.interpreters import partial_eval
 
 from mmjax import bert as bert_lib
-from mmjax import layers, parallel, registry, types
+from mmjax import dropout, layers, parallel, registry, types
 
 # What networks compute in, see `in_precision`.
 PRECISIONS = ("float32", "bfloat16")
@@ -138,7 +138,7 @@ def functional(network: nn.Module, *, head: str, collections: Sequence[str] = ()
       params = _cast(params, dtype)
       batch = batch._replace(**{m: _cast(getattr(batch, m), dtype) for m in types.MODALITIES})
     variables = {"params": params} | {name: extra[name] for name in collections}
-    rngs = None if key is None else {"dropout": key}
+    rngs = None if key is None else {"dropout": dropout.cheap(key)}
     mutable = list(collections) if train else []
     inputs |= told(train)
     out, changed = module.apply(variables, batch, rngs=rngs, mutable=mutable, **inputs)

@@ -39,12 +39,22 @@ from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 BY_SYSTEM = ("models_test.py", "parity_test.py")
 
 
-# They wait for processes of their own, one after the other: whoever takes them last ends last.
-FIRST = ("tune_test.py", "studies_test.py", "binaries_test.py")
+# What takes long in one process, or waits for others, begins first: taken last, it ends last.
+FIRST = (
+  "tune_test.py",
+  "studies_test.py",
+  "binaries_test.py",
+  "notebooks_test.py",
+  "parallel_test.py",
+  "hrlf_test.py",
+  "packaging_test.py",
+  "train_test.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: item.path.name not in FIRST)
+  order = {name: place for place, name in enumerate(FIRST)}
+  items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 class ByProgram(LoadScopeScheduling):

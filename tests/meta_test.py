@@ -685,16 +685,15 @@ def test_a_file_of_7_support_and_5_query_rows_is_replayed(shared, as_parity_runs
       return batch._replace(info=masks)
 
     query = seen("X2", "X2")
-    masks = ["X1_step0", "X1_step1"]
+    supports = [seen("X1", mask) for mask in ("X1_step0", "X1_step1")]
+    supports = jax.tree.map(lambda *leaves: jnp.stack(leaves), *supports)
 
     def inner(params):
-      losses = []
-      for mask in masks:
-        support = seen("X1", mask)
-        value, grads = jax.value_and_grad(lambda p: loss(p, support, None, {})[0])(params)  # noqa: B023
-        losses.append(value)
-        params = jax.tree.map(lambda p, g: p - 0.15 * g, params, grads)
-      return params, jnp.stack(losses)
+      def step(params, support):
+        value, grads = jax.value_and_grad(lambda p: loss(p, support, None, {})[0])(params)
+        return jax.tree.map(lambda p, g: p - 0.15 * g, params, grads), value
+
+      return jax.lax.scan(step, params, supports)
 
     def outer(params):
       return loss(params, query, None, {})[0]

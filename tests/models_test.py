@@ -330,8 +330,8 @@ def test_published_names_are_found_beside_the_model():
       models.torch_rules(name)
 
 
-@pytest.mark.parametrize("name", ["misa", "self_mm", "mmim", "mmin", "tetfn"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["misa", "self_mm", "mmim", "mmin", "tetfn"])
 def test_features_of_half_precision_can_be_trained(name, dtype):
   """What they give is compared in `layers_test`; here every system must take them."""
   case_ = models.MODELS[name](**SETTINGS[name])

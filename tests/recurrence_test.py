@@ -52,8 +52,7 @@ def all_orders(loss):
 
     forward_over_reverse = jax.jvp(gradient, (x, weights), (x, weights))[1]
     return (
-      loss(x, weights),
-      gradient(x, weights),
+      jax.value_and_grad(loss, (0, 1))(x, weights),
       forward_over_reverse,
       jax.grad(of_gradient, (0, 1))(x, weights),
     )

@@ -36,7 +36,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mmjax import meta, models, parallel, recurrence, systems, types
+from mmjax import masking, meta, models, parallel, recurrence, systems, types
 
 from . import cases
 
@@ -51,6 +51,9 @@ _PRECISION = flags.DEFINE_enum(
 _REMAT = flags.DEFINE_list("remat", ["steps"], "What second order recomputes, see meta.m3s.")
 _DEVICES = flags.DEFINE_list("devices", ["1"], "How many devices share the rows, up to four.")
 _SEEDS = flags.DEFINE_list("seeds", ["1"], "How many seeds are one program.")
+_AS_TRAINED = flags.DEFINE_bool(
+  "as_trained", False, "Draw dropout and missing spans in the step, as a training does."
+)
 _JSON = flags.DEFINE_string("json", None, "File for all numbers.")
 
 HERE = "here"
@@ -352,12 +355,13 @@ def training_step(
   remat: str = "steps",
   mesh: Mesh | None = None,
   seeds: int = 1,
+  as_trained: bool = False,
 ) -> tuple[Callable, tuple]:
   """M³S's iteration of a system's last phase: meta-gradients, and shapes of its arguments.
 
-  Dropout is off and masks are drawn beforehand, as in the benchmark of times. The rows of a system
-  that reads conversations are those of one. The devices of the mesh share the rows. Several seeds
-  are one program: each has arguments of its own.
+  Unless it is `as_trained`, dropout is off and masks are drawn beforehand, as in the benchmark of
+  times. The rows of a system that reads conversations are those of one. The devices of the mesh
+  share the rows. Several seeds are one program: each has arguments of its own.
   """
   batch, spec = cases.make_batch(setting, 2 * setting.rows), make_spec(setting)
   if system.conversations:  # two, one to adapt to
@@ -366,11 +370,11 @@ def training_step(
   params, extra = jax.eval_shape(lambda key: system.init(key, spec), jax.random.key(0))
 
   def loss(params, batch, key, extra):
-    return phase.loss(params, batch, None, extra)
+    return phase.loss(params, batch, key if as_trained else None, extra)
 
   iteration = meta.m3s(
     parallel.share(loss, mesh),
-    lambda key, batch: batch,
+    masking.span((0.1, 0.9)) if as_trained else lambda key, batch: batch,
     inner_steps=k,
     inner_optimizer=optax.sgd(1e-3),
     order=order,
@@ -398,16 +402,21 @@ def measure(
   count: int = 1,
   precision: str = "float32",
   seeds: int = 1,
+  as_trained: bool = False,
 ) -> dict[str, Any]:
   """One row. What does not compile says why in "error"."""
   row = dict(target=target, system=system, setting=setting, order=order, k=k, precision=precision)
-  row |= dict(remat=remat, devices=count, seeds=seeds)
+  row |= dict(remat=remat, devices=count, seeds=seeds, as_trained=as_trained)
   own = {"bert": cases.BERT} if SETTINGS[setting].tokens else {}
   try:
     made, mesh = models.MODELS[system](**own), make_mesh(target, count)
     made = systems.in_precision(made, precision)
     function, args = training_step(
-      made, SETTINGS[setting], order, k, remat=remat, mesh=mesh, seeds=seeds
+      *(made, SETTINGS[setting], order, k),
+      remat=remat,
+      mesh=mesh,
+      seeds=seeds,
+      as_trained=as_trained,
     )
     compiled, seconds = compile_for(target, function, *args, mesh=mesh)
   except MissingCompiler:
@@ -479,7 +488,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   head += ["temp_MB"]
   head += [name for name in ("init_s", "first_run_s", "step_s") if any(name in r for r in rows)]
   head += ["kernels", "loop_iterations", "conditionals", "collectives"]
-  usual = {"precision": "float32", "remat": "steps", "devices": 1, "seeds": 1}
+  usual = {"precision": "float32", "remat": "steps", "devices": 1, "seeds": 1, "as_trained": False}
   head += [name for name, value in usual.items() if any(row[name] != value for row in rows)]
   megabytes = lambda row: {**row, "temp_MB": round(row.get("temp_bytes", 0) / 1e6, 1)}  # noqa: E731
   body = [[megabytes(row).get(name, "") for name in head] for row in rows]
@@ -508,7 +517,7 @@ def main(argv: Sequence[str]) -> None:
   ]
   rows = []
   for what in tqdm.tqdm(todo, disable=None):
-    rows.append(measure(*what))
+    rows.append(measure(*what, as_trained=_AS_TRAINED.value))
     if _JSON.value:
       pathlib.Path(_JSON.value).write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
   print(table(rows))
