@@ -496,7 +496,7 @@ def test_steps_along_the_gradient_lower_the_loss(case):
   gradient, params, values = case.gradients[phase.name], case.params, []
   for _ in range(8):
     (value, _), grads = gradient(params, case.batch, make_key(0), case.extra)
-    params = step(params, grads, 0.02)
+    params = step(params, grads, 0.01)
     values.append(float(value))
   assert values[-1] < values[0]
 
