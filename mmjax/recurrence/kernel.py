@@ -19,9 +19,9 @@ from mmjax.recurrence.sweep import LEAST, Planes, Sweep, sweep
 
 Array = jax.Array
 
-# The largest H of a kernel. On a GPU weights come from cache in each step, and a product holds H²
-# numbers of them in shared memory; on a TPU all 4H² lie in VMEM.
-WIDEST = {"cuda": 128, "tpu": 256}
+# The largest H of a kernel: on a GPU weights come from cache in each step; on a TPU all 4H² lie in
+# VMEM.
+WIDEST = {"cuda": 256, "tpu": 256}
 PADDING = -1e30  # in place of a gate's sum: this entry keeps its state
 
 

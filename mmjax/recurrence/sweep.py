@@ -5,7 +5,7 @@
   carry      in registers. A TPU's grid runs in order: from one chunk of steps to the next the carry
              waits in scratch memory. On a GPU there is one chunk.
   weights    loaded once, before the loop, where registers hold them; else in each step, from cache,
-             each where a product reads it.
+             each where a product reads it, on a GPU by blocks.
   inputs and outputs   [G, L, B, planes * H]; a plane is one array of a step: a gate, a state. On a
              GPU they stay in global memory and each step loads its own planes; on a TPU a chunk of
              them lies in VMEM, and the next is fetched meanwhile.
@@ -32,14 +32,17 @@ from jax import core
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from mmjax.recurrence import blocks
 
 Array = jax.Array
 Planes = tuple[Array, ...]
 
 LEAST = 16  # rows and columns of a product
 RESIDENT_BYTES = 64 * 2**10  # of weights, a quarter of a GPU multiprocessor's registers
+BLOCK = 64  # rows and columns of the weights in a GPU's product, what 8 warps hold without spilling
 LANES = 128
 VMEM_BYTES = 10 * 2**20  # for blocks, of the 16 MiB that a TPU's compiler grants a kernel
 
@@ -98,6 +101,7 @@ def _kernel(
   size = how.chunk if how.target == "tpu" else steps
   chunks = steps // size
   resident = sum(w.nbytes // directions for w in weights) <= RESIDENT_BYTES
+  block = min(width, BLOCK) if how.target == "cuda" else width
 
   def backwards(direction):
     one, *other = how.backwards
@@ -123,24 +127,25 @@ def _kernel(
     numbers = len(weights), len(inputs), len(rows), len(how.outputs), kept
     w_refs, in_refs, row_refs, out_refs, kept = ([next(refs) for _ in range(n)] for n in numbers)
     turned = backwards(pl.program_id(0))
-    places = [[(ref, part) for part in _parts(ref.shape[1], width)] for ref in w_refs]
-    step = _late(how.step, places)
+    step = blocks.by_blocks(how.step, w_refs, block)
     if resident:
-      loaded = [tuple(ref[:, part] for ref, part in planes) for planes in places]
+      loaded = [tuple(ref[:, part] for part in blocks.parts(ref.shape[1], width)) for ref in w_refs]
       step = functools.partial(how.step, loaded)
 
     def body(k, carry):
       t = jnp.where(turned, size - 1 - k, k)
-      now = [tuple(ref[t, :, part] for part in _parts(ref.shape[2], width)) for ref in in_refs]
+      now = [
+        tuple(ref[t, :, part] for part in blocks.parts(ref.shape[2], block)) for ref in in_refs
+      ]
       of_all = [ref[...] for ref in row_refs]
       carry, outputs = step(carry, now, *of_all)
       for ref, planes in zip(out_refs, outputs, strict=True):
-        for part, plane in zip(_parts(ref.shape[2], width), planes, strict=True):
+        for part, plane in zip(blocks.parts(ref.shape[2], block), planes, strict=True):
           ref[t, :, part] = plane.astype(ref.dtype)
       return carry
 
-    zero = jnp.zeros((tile, width), dtype)
-    carry = (zero,) * how.carry
+    zero = jnp.zeros((tile, block), dtype)
+    carry = (zero,) * (how.carry * width // block)
     if kept:
       carry = tuple(jnp.where(pl.program_id(2) == 0, zero, ref[...]) for ref in kept)
     carry = jax.lax.fori_loop(0, size, body, carry)
@@ -168,53 +173,6 @@ def _kernel(
   return tuple(run(*weights, *inputs, *rows))
 
 
-def _parts(size, width):
-  """Where the planes are on an axis of that size."""
-  return [slice(start, start + width) for start in range(0, size, width)]
-
-
-def _late(step, places):
-  """`step` of weights that are loaded where they are read: registers do not hold all at once.
-
-  Args:
-    step: see `Sweep`.
-    places: of each of the weights, of each plane, where it is: (reference, columns).
-
-  Returns:
-    A function of the other arguments of `step`.
-  """
-  every = [place for planes in places for place in planes]
-
-  def run(*args):
-    weights = [
-      tuple(jax.ShapeDtypeStruct((ref.shape[0],) * 2, ref.dtype) for ref, _ in planes)
-      for planes in places
-    ]
-    traced, shape = jax.make_jaxpr(step, return_shape=True)(weights, *args)
-    jaxpr, values = traced.jaxpr, {}
-    assert not traced.consts, "a step reads what it is given"
-    late = dict(zip(jaxpr.invars, every, strict=False))
-    values |= zip(jaxpr.invars[len(every) :], jax.tree.leaves(args), strict=True)
-
-    def read(v):
-      if isinstance(v, Literal):
-        return v.val
-      if v in late:
-        ref, columns = late[v]
-        return ref[:, columns]
-      return values[v]
-
-    for equation in jaxpr.eqns:
-      params = equation.primitive.get_bind_params(equation.params)
-      found = equation.primitive.bind(*map(read, equation.invars), **params)
-      values |= zip(
-        equation.outvars, found if equation.primitive.multiple_results else [found], strict=True
-      )
-    return jax.tree.unflatten(jax.tree.structure(shape), list(map(read, jaxpr.outvars)))
-
-  return run
-
-
 def _tile(how, inputs, rows, batch, width):
   """Rows of a block."""
   if how.target != "tpu":
@@ -232,8 +190,7 @@ def _tile(how, inputs, rows, batch, width):
 def _compiler_params(how, rows, width):
   if how.target == "tpu":
     return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-  warps = 4 if width <= 32 else 8 if width <= 64 else 16
-  return plgpu.CompilerParams(num_warps=32 if rows else warps, num_stages=1)
+  return plgpu.CompilerParams(num_warps=32 if rows else 4 if width <= 32 else 8, num_stages=1)
 
 
 def loop(
@@ -251,7 +208,7 @@ def loop(
 def _scan(how, turned, weights, inputs, rows):
   """One direction of `loop`, without its axis."""
   width = weights[0].shape[0]
-  split = lambda a: tuple(a[:, part] for part in _parts(a.shape[1], width))  # noqa: E731
+  split = lambda a: tuple(a[:, part] for part in blocks.parts(a.shape[1], width))  # noqa: E731
   own = list(map(split, weights))
 
   def step(carry, now):
