@@ -1,12 +1,16 @@
 """Bits that look random from every side that a network's masks could be seen from."""
 
+import collections
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import dropout, layers
+import jaxprs
+import models_test
+from mmjax import dropout, layers, models
 
 KEY = dropout.cheap(jax.random.key(0))
 
@@ -94,3 +98,18 @@ def test_a_key_of_any_kind_drops_the_share(key):
     if axes:
       deviation = np.sqrt(0.21 / x.shape[axes[0]])
       assert abs(rest.std() / deviation - 1) < 0.1
+
+
+def test_a_loss_draws_once_with_the_users_key_however_often_it_drops():
+  system = models.MODELS["cenet"](**models_test.SETTINGS["cenet"])
+  spec = models_test.make_spec(True, 0)
+  params, extra = jax.eval_shape(lambda key: system.init(key, spec), jax.random.key(0))
+  args = params, models_test.make_batch(spec), jax.random.key(1), extra
+  traced = jax.make_jaxpr(system.phases[0].loss)(*args).jaxpr
+  drawn = collections.Counter(
+    str(equation.invars[0].aval.dtype)
+    for name in ("random_bits", "random_fold_in", "random_split")
+    for equation in jaxprs.named(traced, name)
+  )
+  assert drawn.keys() == {"key<fry>", "key<drop>"}
+  assert drawn["key<fry>"] == 1 and drawn["key<drop>"] > 10
