@@ -18,8 +18,12 @@ SPLIT, FOLD = 0x9E3779B9, 0x7F4A7C15  # set new keys apart from each other and f
 
 
 def cheap(key: types.PRNGKey) -> types.PRNGKey:
-  """A key for dropout masks, drawn with a key of any kind."""
-  return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=IMPL)
+  """A key for dropout masks of the words of a key of any kind; nothing is drawn with that."""
+  data = jax.random.key_data(key)
+  words = data[:2]
+  for n in range(2, len(data), 2):
+    words = _mixed(words) ^ data[n : n + 2]
+  return jax.random.wrap_key_data(words, impl=IMPL)
 
 
 def _mixed(word: Array) -> Array:

@@ -1,5 +1,6 @@
 """What a compiled program launches, counted; recurrences compiled for a GPU and a TPU."""
 
+import functools
 import os
 
 import jax
@@ -102,8 +103,8 @@ def second_order(weights, x, valid):
   return jax.jvp(jax.grad(loss), (weights,), (weights,))
 
 
-def shapes(steps, seeds=()):
-  width, hidden = 5, 20
+def shapes(steps, seeds=(), hidden=20):
+  width = 5
   weights = [(*seeds, *s) for s in ((width, 4 * hidden), (hidden, 4 * hidden), (4 * hidden,))]
   return (
     tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in weights),
@@ -133,12 +134,22 @@ def test_a_systems_training_step_is_few_kernels_without_loops(target, name, most
   assert most / 4 < found.kernels <= (most if target == "h100" else 1.5 * most)
 
 
-def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
-  def compiled(function, *args):
-    text = accelerators.compile_for(target, function, *args)[0].as_text()
-    kernels = sum("lstm_" in line and " custom-call(" in line for line in text.splitlines())
-    return accelerators.count_launches(text), kernels
+def compile_and_count(target, function, *args):
+  """What is launched, and how much of it are kernels of recurrences."""
+  text = accelerators.compile_for(target, function, *args)[0].as_text()
+  kernels = sum("lstm_" in line and " custom-call(" in line for line in text.splitlines())
+  return accelerators.count_launches(text), kernels
 
+
+def test_a_wide_recurrence_is_one_kernel_as_a_narrow_one_is(target):
+  """Of GCNet's 250 units, whose weights no multiprocessor holds."""
+  found, kernels = compile_and_count(target, second_order, *shapes(9, hidden=250))
+  assert found.loop_iterations == found.conditionals == found.unknown == 0
+  assert kernels == 4
+
+
+def test_second_order_through_a_recurrence_is_four_kernels_of_any_length(target):
+  compiled = functools.partial(compile_and_count, target)
   short, kernels = compiled(second_order, *shapes(9))
   assert short.loop_iterations == short.conditionals == 0
   assert kernels == 4  # forward and backward, and the tangents of both
