@@ -1,6 +1,6 @@
 """Keys for dropout, whose masks are as large as the activations: a generator that costs little.
 
-JAX's own, threefry, takes some 120 operations for two entries, and a fused program computes them
+JAX's own, threefry, takes some 120 operations for each entry, and a fused program computes them
 anew wherever a mask is read. Here a word is a hash of its number and the key, 18 operations. Its
 numbers hang on neither device nor sharding. What a loss or a mask of missing data draws stays with
 the kind of key that a user gave.
