@@ -101,7 +101,7 @@ def _kernel(
   size = how.chunk if how.target == "tpu" else steps
   chunks = steps // size
   resident = sum(w.nbytes // directions for w in weights) <= RESIDENT_BYTES
-  block = min(width, BLOCK) if how.target == "cuda" else width
+  block = width if resident or how.target == "tpu" else min(width, BLOCK)
 
   def backwards(direction):
     one, *other = how.backwards
