@@ -1,8 +1,8 @@
 """The step of a kernel on blocks of its planes and of its weights.
 
-A GPU's registers hold no large weight as a whole, and its assembler spills what they cannot keep. So
-a plane [B, H] is the tuple of its blocks of columns, and a weight is loaded block by block, where a
-product reads it.
+A GPU's registers hold no large weight as a whole, and what they cannot keep spills. So a plane
+[B, H] is the tuple of its blocks of columns, and a weight is loaded block by block, where a product
+reads it.
 """
 
 import functools
