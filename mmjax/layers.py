@@ -138,11 +138,34 @@ class LayerNorm(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
     row = (*(1,) * (x.ndim - 1), -1)
     given, x, scale, bias = x.dtype, wide(x), wide(scale).reshape(row), wide(bias).reshape(row)
-    mean = x.mean(-1)
-    variance = jax.lax.square(x - jnp.expand_dims(mean, -1)).mean(-1)
-    y = x - jnp.expand_dims(mean, -1)
-    factor = jax.lax.rsqrt(jnp.expand_dims(variance, -1) + self.epsilon)
-    return (y * (factor * scale) + bias).astype(given)
+    return (normalized(x, self.epsilon)[0] * scale + bias).astype(given)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalized(x: Array, epsilon: float) -> tuple[Array, Array]:
+  """Rows of mean 0 and variance 1, and what they were multiplied by: (x - mean) · r, and r.
+
+  Both have derivatives in terms of themselves, of any order, with half of the sums that JAX makes
+  of those of mean and variance.
+
+  Args:
+    x: [..., D].
+    epsilon: r = 1 / sqrt(variance + epsilon).
+
+  Returns:
+    [..., D] and [..., 1].
+  """
+  centered = x - x.mean(-1, keepdims=True)
+  factor = jax.lax.rsqrt(jax.lax.square(centered).mean(-1, keepdims=True) + epsilon)
+  return centered * factor, factor
+
+
+@normalized.defjvp
+def _(epsilon, primals, tangents):
+  y, factor = normalized(*primals, epsilon)
+  moved = tangents[0] * factor
+  along = (y * moved).mean(-1, keepdims=True)
+  return (y, factor), (moved - moved.mean(-1, keepdims=True) - y * along, -factor * along)
 
 
 class Dropout(nn.Module):

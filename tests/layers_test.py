@@ -402,3 +402,26 @@ def test_attention_projects_what_reads_one_array_by_one_product(x):
   y = module.apply(params, x, other)
   np.testing.assert_allclose(y, module.apply(params, x, other, other + 0), rtol=1e-5)
   np.testing.assert_allclose(module.apply(params, x), module.apply(params, x, x + 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5])
+def test_a_norms_derivatives_are_those_of_its_formula_to_the_third(epsilon):
+  x, *along = jax.random.normal(jax.random.key(0), (4, 2, 3, 7))
+
+  def formula(x):
+    centered = x - x.mean(-1, keepdims=True)
+    factor = (jnp.square(centered).mean(-1, keepdims=True) + epsilon) ** -0.5
+    return centered * factor, factor
+
+  def derivatives(norm):
+    """Of a function of both results: reverse, reverse over reverse, and forward over both."""
+    value = lambda x: sum(jnp.sum(jnp.sin(2 * a + 0.3)) for a in norm(x))  # noqa: E731
+    first = jax.grad(value)
+    second = jax.grad(lambda x: jnp.vdot(first(x), along[0]))
+    third = jax.jvp(jax.grad(lambda x: jnp.vdot(second(x), along[1])), (x,), (along[2],))
+    return value(x), first(x), second(x), *third
+
+  found = jax.jit(lambda: derivatives(lambda x: layers.normalized(x, epsilon)))()
+  wanted = jax.jit(lambda: derivatives(formula))()
+  for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
