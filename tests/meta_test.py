@@ -312,7 +312,7 @@ def test_more_tasks_are_no_larger_program():
 def _products(settings):
   """Matrix products in the program of a second-order meta-gradient."""
   params, extra = toy.init(jax.random.key(0), toy.SPEC)
-  loss = meta.m3s(toy.loss, no_mask, inner_steps=3, order="second", **settings)
+  loss = meta.m3s(toy.loss, no_mask, order="second", **{"inner_steps": 3, **settings})
   args = params, toy.make_batch(8), jax.random.key(0), extra
   lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(*args)
   return lowered.as_text().count("dot_general "), lowered.compile()(*args)[0]
@@ -329,6 +329,13 @@ def test_remat_trades_products_for_memory_and_changes_no_gradient(mode):
   assert counts[2] == counts[3] == counts[1]
   for other in grads[1:]:
     chex.assert_trees_all_close(grads[0], other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", meta.MODES)
+def test_a_single_inner_step_is_computed_once(mode):
+  policies = "steps", "none", jax.checkpoint_policies.nothing_saveable
+  counts = [_products(dict(mode=mode, remat=r, inner_steps=1))[0] for r in policies]
+  assert counts[0] == counts[1] < counts[2]
 
 
 def test_mixed_mode_keeps_the_gradients_of_a_nonlinear_optimizer():

@@ -124,6 +124,8 @@ def adapt(
     seen = mask(mask_key, support) if fresh_masks else support
     return loss(optim.merge(trained, constant), seen, loss_key, extra)[0]
 
+  if remat == "steps" and len(keys.support_mask) == 1:
+    remat = "none"  # the backward pass begins with this step
   if mode == "mixed" and order == "second":
     gradient = jax.value_and_grad(objective, argnums=(0, 1))
     gradient = _symmetric(gradient, linearize=remat != "steps")

@@ -174,8 +174,9 @@ def m3s(
       others as they are ("head": ANIL; the body alone: BOIL). The outer gradient is that of all.
     remat: of order="second", what the backward pass recomputes. "steps": the inner steps, one at
       a time, so that the memory grows with K by one copy of the parameters (and optimizer state) a
-      step. "none": nothing, each step keeps the linearization of its gradient; fewer products,
-      K times the memory. Or a `jax.checkpoint` policy or its name, see `REMATS`.
+      step; a single one is kept. "none": nothing, each step keeps the linearization of its
+      gradient; fewer products, K times the memory. Or a `jax.checkpoint` policy or its name, see
+      `REMATS`.
     support_mask: draws the missing data of the support sets, where it is not `mask`.
     hard_masks: M masks are drawn for a query set, and the one whose loss at θ* is largest is
       trained on.
