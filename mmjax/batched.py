@@ -6,12 +6,15 @@ every compiler takes its time for.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import core
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -71,17 +74,36 @@ def together(towers: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]]) -> 
   return found
 
 
-# The identity, by a copy: XLA would join arrays anew inside of each kernel that reads a part of
-# them, which makes such kernels large and no two of them alike. Gradients are handed out as they
-# are, which `jax.lax.optimization_barrier` would keep from being done by one kernel.
-_copied = Primitive("copied")
-_copied.def_impl(lambda x: x)
-_copied.def_abstract_eval(lambda x: x)
-mlir.register_lowering(
-  _copied, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
-)
-ad.deflinear2(_copied, lambda cotangent, _: [cotangent])
-batching.defvectorized(_copied)
+# The rows of an array that is copied first: XLA would join arrays anew inside of each kernel that
+# reads a part of them, which makes such kernels large and no two of them alike. Gradients are
+# handed out as they are, which `jax.lax.optimization_barrier` would keep from being done by one
+# kernel.
+_rows = Primitive("rows")
+_rows.multiple_results = True
+_rows.def_impl(lambda x: list(jnp.unstack(x)))
+_rows.def_abstract_eval(lambda x: [core.ShapedArray(x.shape[1:], x.dtype)] * x.shape[0])
+
+
+def _cut(x):
+  return list(jnp.unstack(jax.lax.optimization_barrier(x)))
+
+
+def _looked_up(x):
+  """Which row it is stands in memory: were it written in them, no two layers' kernels were one."""
+  x, *places = jax.lax.optimization_barrier((x, *map(np.int32, range(x.shape[0]))))
+  row = functools.partial(jax.lax.dynamic_index_in_dim, x, keepdims=False)
+  return [row(place, allow_negative_indices=False) for place in places]
+
+
+def _rows_batched(arrays, axes):
+  found = _rows.bind(jnp.moveaxis(arrays[0], axes[0], 1))
+  return found, [0] * len(found)
+
+
+mlir.register_lowering(_rows, mlir.lower_fun(_cut, multiple_results=True))
+mlir.register_lowering(_rows, mlir.lower_fun(_looked_up, multiple_results=True), platform="cuda")
+ad.deflinear2(_rows, lambda cotangents, _: [jnp.stack(list(map(ad.instantiate_zeros, cotangents)))])
+batching.primitive_batchers[_rows] = _rows_batched
 
 
 def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
@@ -101,8 +123,7 @@ def _side_by_side(trees: Sequence[Any]) -> tuple[Any, Any]:
     shape = len(places), len(trees), *rows[0].shape
     # XLA cuts slices that need no new shape by one kernel, unless they are large; but it fails on
     # vectors in a row (Triton, jax 0.10.2)
-    joined = _copied.bind(jnp.concatenate(rows) if rows[0].ndim > 1 else jnp.stack(rows))
-    joined = joined.reshape(shape)
-    for place, leaf in zip(places, jnp.unstack(joined), strict=True):
+    joined = jnp.concatenate(rows) if rows[0].ndim > 1 else jnp.stack(rows)
+    for place, leaf in zip(places, _rows.bind(joined.reshape(shape)), strict=True):
       found[place], axes[place] = leaf, 0
   return jax.tree.unflatten(structure, found), jax.tree.unflatten(structure, axes)

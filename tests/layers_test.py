@@ -331,6 +331,8 @@ def test_towers_together_compute_what_each_does_alone():
 
   together, alone = gradient(False)(params), gradient(True)(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
+  seeds = jax.vmap(gradient(False))(jax.tree.map(lambda a: jnp.stack([2 * a, a]), params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, 1e-4, 1e-4), seeds, alone)
   one, two = (
     len(jaxprs.named(jax.make_jaxpr(gradient(alone))(params).jaxpr, "dot_general"))
     for alone in (False, True)
@@ -352,11 +354,28 @@ def test_what_towers_share_is_copied_forwards_and_not_where_gradients_are_handed
     return sum(jnp.sum(y**2) for y in Towers(False).apply(params, inputs))
 
   def copies(function):
-    return len(jaxprs.named(jax.make_jaxpr(function)(params).jaxpr, "copied"))
+    return len(jaxprs.named(jax.make_jaxpr(function)(params).jaxpr, "rows"))
 
   assert copies(loss) == 3  # kernels, vectors, inputs
   assert copies(jax.grad(loss)) == 3
   assert copies(lambda params: jax.jvp(jax.grad(loss), (params,), (params,))) == 3 + 2
+
+
+def test_a_gpus_kernels_do_not_hold_which_row_they_read():
+  """Else no two layers' kernels were one."""
+  inputs = [np.ones((2, width), np.float32) for width in (4, 4, 5)]
+  params = Towers(False).init(jax.random.key(0), inputs)
+
+  def cuts(platform):
+    function = jax.jit(lambda params: Towers(False).apply(params, inputs)[:2])
+    text = function.trace(params).lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.dynamic_slice"), text.count("stablehlo.slice")
+
+  (static, looked_up), (dynamic, left) = cuts("cpu"), cuts("cuda")
+  assert static == 0 and dynamic == 3 == looked_up - left
+  x = jax.random.normal(jax.random.key(0), (3, 2, 4))
+  for row, same in zip(jax.jit(batched._looked_up)(x), x, strict=True):
+    np.testing.assert_array_equal(row, same)
 
 
 class Norms(nn.Module):
