@@ -303,15 +303,17 @@ def _size(w, gates=4):
 
 def _by_platform(loop, kernel_of, hidden, dtype, *args):
   """`loop(*args)`; on accelerators `kernel_of(*args, target=…)`, unless H is too large for it."""
+  # of its linearization the arguments are kept: the gates of all steps are dearer to read again
+  again = functools.partial(jax.checkpoint, prevent_cse=False)
   if not _accelerated(dtype):
-    return loop(*args)
+    return again(loop)(*args)
   kernels = {
     platform: functools.partial(kernel_of, target=platform)
     if hidden <= widest
-    else functools.partial(loop, skip=False)
+    else again(functools.partial(loop, skip=False))
     for platform, widest in kernel.WIDEST.items()
   }
-  return jax.lax.platform_dependent(*args, default=loop, **kernels)
+  return jax.lax.platform_dependent(*args, default=again(loop), **kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
