@@ -458,3 +458,14 @@ def test_a_gradient_keeps_states_and_not_gates():
   with recurrence.plain():
     plain = temporaries()
   assert ours < plain / 2
+
+
+def test_a_linearization_keeps_what_a_recurrence_is_given_and_gives():
+  """Nothing of the chunks in which it runs: a CPU is slower for it."""
+  x, valid, (weights, _), *_ = draw(50)
+  gradient = jax.grad(lambda weights: jnp.sum(recurrence.lstm(x, valid, *weights)[0] ** 2))
+  _, along = jax.linearize(gradient, tuple(map(jnp.asarray, weights)))
+  shapes = [a.shape for a in jax.tree.leaves(along)]
+  chunks = 50 // recurrence._chunk_size(50)
+  assert chunks > 1 and (50, B, H) in shapes
+  assert (chunks, B, H) not in shapes  # the state between two chunks
